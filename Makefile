@@ -1,0 +1,50 @@
+# Everything from a fresh clone: `make demo`, `make test`. Each makes the environment it needs, once.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := torch_meanfield recipes tests benchmarks
+# Ruff reads no setup.cfg, so its whole configuration is this line.
+RUFF := --line-length 120 --target-version py310
+
+.PHONY: help install demo test lint types build clean
+
+help:
+	@echo "make demo   train the vanilla twin and mean-field ResNets on digits; table and picture in runs/demo"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff          make types   mypy --strict on the package"
+	@echo "make build  wheel and source archive in dist/"
+	@echo "make clean  remove the environment and everything that was built"
+	@echo "PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV)"
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than Python 3.10; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[timm,lightning,test,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python recipes/demo.py
+
+# One thread for each worker: two workers on two cores are faster than one with two threads.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(RUFF) --select E,W,F,I,UP,B,C4,RUF100 $(wildcard $(SOURCES))
+
+types: $(STAMP)
+	$(BIN)/mypy --strict torch_meanfield
+
+build: $(STAMP)
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

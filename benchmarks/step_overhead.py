@@ -1,0 +1,154 @@
+"""Training-step time of mean-field over vanilla, interleaved in one run: median ratios, printed and written as JSON.
+
+    python benchmarks/step_overhead.py --models resnet20,resnet56 --repeats 30
+
+Each repeat times one step of every contender in an order that changes from repeat to repeat, so that the machine's
+drift hits all alike; the figure is the median over repeats of the ratio within one repeat. Beside the library's own
+step the table shows the naive multiply ``x + dtau * f(x)`` that the fold replaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from machine import describe_machine
+from torch import nn
+
+from torch_meanfield import MeanFieldResNet
+from torch_meanfield.depth.sequential import MeanFieldSequential
+
+
+class NaiveStack(nn.Module):
+    """The same learnable steps as a multiplication over whole activations, without any sorting."""
+
+    def __init__(self, layer: MeanFieldSequential) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(layer)
+        self.naive_steps = nn.Parameter(torch.ones(len(layer)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for branch, step in zip(self.branches, self.naive_steps.unbind(), strict=True):
+            x = x + step * branch(x)
+        return x
+
+
+def contenders(depth: int) -> dict[str, nn.Module]:
+    """Vanilla, mean-field and naively scaled networks with the same initial weights."""
+    models = {}
+    for name in ("vanilla", "mean-field", "naive multiply"):
+        torch.manual_seed(0)
+        models[name] = MeanFieldResNet(depth, learn_tau=name != "vanilla")
+    naive = models["naive multiply"]
+    for stage in naive.stages():
+        if stage.particles is not None:
+            stage.particles = NaiveStack(stage.particles)
+    return models
+
+
+def step_function(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast: torch.dtype | None
+) -> Callable[[], None]:
+    """One step of the published protocol: forward, backward, SGD with momentum and weight decay."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[], None], device: torch.device, inner: int) -> float:
+    """Seconds for one step, averaged over ``inner`` of them between two synchronisations."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(inner):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / inner
+
+
+def measure(depth: int, batch: int, repeats: int, device: torch.device, autocast: torch.dtype | None) -> dict:
+    """Median seconds of each contender and median ratio to vanilla."""
+    images = torch.randn(batch, 3, 32, 32, device=device)
+    labels = torch.randint(10, (batch,), device=device)
+    steps = {
+        name: step_function(model.to(device).train(), images, labels, autocast)
+        for name, model in contenders(depth).items()
+    }
+    inner = 1 if device.type == "cpu" else 10
+    for step in steps.values():
+        timed(step, device, 3)
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.disable()
+    for r in range(repeats):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            seconds[name].append(timed(steps[name], device, inner))
+        print(f"\r  resnet{depth}: repeat {r + 1}/{repeats}", end="", flush=True)
+    gc.enable()
+    print()
+    ratios = {
+        name: sorted(t / v for t, v in zip(seconds[name], seconds["vanilla"], strict=True)) for name in names
+    }
+    return {
+        "model": f"resnet{depth}",
+        "batch": batch,
+        "device": str(device),
+        "autocast": str(autocast) if autocast else "off",
+        "repeats": repeats,
+        "seconds": {name: statistics.median(s) for name, s in seconds.items()},
+        "ratio": {name: statistics.median(r) for name, r in ratios.items()},
+        "ratio_quartiles": {name: [r[len(r) // 4], r[3 * len(r) // 4]] for name, r in ratios.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="resnet20,resnet56", help="comma-separated: resnet20, resnet56, ...")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step_overhead.json")
+    args = parser.parse_args()
+    if args.repeats < 1 or args.batch < 2:
+        parser.error("--repeats must be at least 1 and --batch at least 2")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    runs: list[tuple[torch.device, torch.dtype | None]] = [(torch.device("cpu"), None)]
+    if torch.cuda.is_available():
+        runs += [(torch.device("cuda"), None), (torch.device("cuda"), torch.bfloat16)]
+    else:
+        print("no CUDA device: GPU not measured")
+    rows = []
+    for device, autocast in runs:
+        for model in args.models.split(","):
+            rows.append(measure(int(model.removeprefix("resnet")), args.batch, args.repeats, device, autocast))
+    print("| model | device | vanilla ms | mean-field / vanilla (quartiles) | naive multiply / vanilla |")
+    print("| --- | --- | --- | --- | --- |")
+    for row in rows:
+        low, high = row["ratio_quartiles"]["mean-field"]
+        print(
+            f"| {row['model']} | {row['device']} ({row['autocast']}) | {1e3 * row['seconds']['vanilla']:.1f} "
+            f"| {row['ratio']['mean-field']:.3f} ({low:.3f} to {high:.3f}) | {row['ratio']['naive multiply']:.3f} |"
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Which branches can be particles of one population."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torch_meanfield.particles.population import named_tensors
+
+
+def check_exchangeable(branches: Sequence[nn.Module]) -> None:
+    """Raise if ``branches`` cannot change places by copying their tensors.
+
+    They must hold the same tensors by name, shape, dtype and device, in modules of the same kind and configuration
+    (stride, dilation, eps, ...), and share none. Drop probabilities may differ: they belong to the place.
+
+    Raises:
+        ValueError: no branch, one that differs from the first, or two that share a tensor.
+        TypeError: a branch that is not a module.
+    """
+    if not branches:
+        raise ValueError("branches is empty: a mean-field layer needs at least one residual branch")
+    for i, branch in enumerate(branches):
+        if not isinstance(branch, nn.Module):
+            raise TypeError(f"branches[{i}] must be a torch.nn.Module, got {type(branch).__name__}")
+    owners: dict[int, int] = {}
+    for i, branch in enumerate(branches):
+        for name, tensor in named_tensors(branch).items():
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"branches[{i}].{name} is not initialised yet; run the lazy modules once before building the layer"
+                )
+            if owners.setdefault(id(tensor), i) != i:
+                raise ValueError(
+                    f"branches[{i}] shares {name!r} with branches[{owners[id(tensor)]}]; a particle must own its "
+                    f"tensors, so give each branch modules of its own (copy.deepcopy)"
+                )
+    first_tensors, first_modules = _tensors(branches[0]), _modules(branches[0])
+    for i, branch in enumerate(branches[1:], start=1):
+        for what, theirs, ours in (
+            ("holds", _tensors(branch), first_tensors),
+            ("is", _modules(branch), first_modules),
+        ):
+            if theirs != ours:
+                name = next(k for k in [*ours, *theirs] if theirs.get(k) != ours.get(k))
+                raise ValueError(
+                    f"branches[{i}] differs from branches[0] at {name or 'its top'!r}: it {what} {theirs.get(name)}, "
+                    f"branches[0] {ours.get(name)}; only branches of one shape and configuration can change places"
+                )
+
+
+def _describe(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
+
+
+def _tensors(branch: nn.Module) -> dict[str, str]:
+    return {name: _describe(t) for name, t in named_tensors(branch).items()}
+
+
+def _modules(branch: nn.Module) -> dict[str, str]:
+    kinds = {}
+    for name, module in branch.named_modules():
+        kind = type(module).__name__
+        drops = "drop" in kind.lower() or "stochasticdepth" in kind.lower()
+        kinds[name] = kind if drops else f"{kind}({module.extra_repr()})"
+    return kinds

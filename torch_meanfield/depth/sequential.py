@@ -1,0 +1,230 @@
+"""``MeanFieldSequential``: residual branches as exchangeable particles, executed in the order of their times tau."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from torch_meanfield.depth.euler import euler_step
+from torch_meanfield.depth.exchangeable import check_exchangeable
+from torch_meanfield.depth.resort import register, sort_
+from torch_meanfield.depth.tau_axis import TauAxis, check_horizon, check_positions, check_tau_entries
+from torch_meanfield.particles import Population, Slice, Stack
+from torch_meanfield.particles.averages import lineage_of
+from torch_meanfield.particles.population import Column, named_tensors
+
+
+class MeanFieldSequential(nn.Module):
+    r"""A stack of residual branches with learnable times: the drop-in layer.
+
+    .. math:: X^{l} = X^{l-1} + (\tau^l - \tau^{l-1})\, f(X^{l-1}, \theta^l), \qquad l = 1..n,\quad \tau^0 = 0
+
+    with the particles :math:`(\theta_i, \tau_i)` in the order of tau (Lu et al. 2020, eq. (15) and Algorithm 1). After
+    each optimizer step that changed their order, they are re-sorted in place: parameters, buffers, gradients and
+    optimizer state move together, so that branch l always holds the l-th particle. Nothing is added to the training
+    loop. ``set_automatic_resort(model, False)`` switches this off, ``resort_(model)`` does it by hand.
+
+    Args:
+        *branches: n modules that map x to its own shape, alike in structure; not the identity path.
+        horizon: the last time T. Steps begin at T / n. ``None`` means n: every step is exactly 1.0 and the fresh
+            layer gives the bits of the ordinary residual stack.
+        tau_init: ``"uniform"``: the grid T/n, 2T/n, ..., T; ``"random"``: n sorted draws from U(0, T).
+        learn_tau: ``False`` fixes the positions and leaves the ordinary residual stack (at ``horizon=None`` without
+            any multiplication).
+
+    Shape:
+        input and output: any shape that the branches keep.
+
+    Attributes:
+        auto_resort: whether an optimizer step re-sorts this layer.
+        grad_checkpointing: recompute each branch in the backward pass.
+
+    Raises:
+        ValueError: no branch, branches that differ in structure or share tensors, a horizon that is not positive,
+            an unknown ``tau_init``.
+        TypeError: a branch that is not a module, or a horizon that is not a number.
+
+    Example:
+        >>> layer = MeanFieldSequential(*(nn.Linear(8, 8) for _ in range(4)))
+        >>> layer(torch.randn(2, 8)).shape, layer.steps().tolist()
+        (torch.Size([2, 8]), [1.0, 1.0, 1.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        *branches: nn.Module,
+        horizon: float | None = None,
+        tau_init: Literal["uniform", "random"] = "uniform",
+        learn_tau: bool = True,
+    ) -> None:
+        check_exchangeable(branches)
+        if tau_init not in ("uniform", "random"):
+            raise ValueError(f"tau_init must be 'uniform' or 'random', got {tau_init!r}")
+        n = len(branches)
+        checked_horizon = check_horizon(horizon, n)
+        super().__init__()
+        for i, branch in enumerate(branches):
+            self.add_module(str(i), branch)
+        first = next(branches[0].parameters(), None)
+        double = first is not None and first.dtype == torch.float64
+        self.tau_axis = TauAxis(
+            n,
+            checked_horizon,
+            learn=learn_tau,
+            device=None if first is None else first.device,
+            dtype=torch.float64 if double else torch.float32,
+        )
+        self.horizon = checked_horizon
+        self.auto_resort = True
+        self.grad_checkpointing = False
+        self._sorted_at: tuple[int, ...] = ()  # version of tau at which the slots were last known to be sorted
+        self._warned = False
+        # A fixed stack of unit steps is the ordinary residual network and is computed as one.
+        self._plain = not learn_tau and checked_horizon == n and tau_init == "uniform"
+        if tau_init == "random":
+            self.draw_tau_()
+        self.register_load_state_dict_post_hook(_after_load)
+        register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # copies and unpickled layers come this way, past __init__
+        self._sorted_at = ()
+        register(self)
+
+    # -- positions ---------------------------------------------------------------------------------------------
+
+    @property
+    def tau(self) -> Tensor:
+        """The n positions, ascending and differentiable; shape ``(n,)``, float32 (float64 in a double model)."""
+        positions = self.tau_axis.positions()
+        order = self._execution_order()
+        return positions if order is None else positions.clamp(min=0)[order]
+
+    def steps(self) -> Tensor:
+        """The n step sizes ``tau^l - tau^{l-1}`` with tau^0 = 0, differentiable; shape and dtype of ``tau``."""
+        tau = self.tau
+        return torch.diff(tau, prepend=tau.new_zeros(1))
+
+    def set_tau_(self, values: Tensor | Sequence[float]) -> MeanFieldSequential:
+        """Place the particles and re-sort: branch i goes to ``values[i]``, then all take the order of tau.
+
+        Optimizer state moves along for every optimizer that has stepped.
+
+        Args:
+            values: n finite positions (times); those below 0 are projected to 0, equal ones keep their order.
+
+        Raises:
+            ValueError: not n values, or a value that is not finite. Nothing has changed then.
+        """
+        tau = check_positions(values, self.tau_axis)
+        self.tau_axis.place_(tau)
+        self._plain = False
+        sort_(self, cause="set_tau")
+        return self
+
+    def draw_tau_(self, generator: torch.Generator | None = None) -> MeanFieldSequential:
+        """Place the particles at n sorted draws from U(0, horizon)."""
+        anchor = self.tau_axis.anchor
+        draws = torch.rand(len(self), generator=generator, dtype=anchor.dtype) * self.horizon
+        return self.set_tau_(draws.sort().values)
+
+    def population(self) -> Population:
+        """The branches as particles: each owns one tensor of every name in a branch, and its place on the tau axis."""
+        tensors = [named_tensors(branch) for branch in self]
+        columns: list[Column] = [Stack([t[name] for t in tensors]) for name in tensors[0]]
+        columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
+        return Population(columns, owner=self, name=self._label())
+
+    # -- the forward pass --------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run eq. (15) from ``x``; the result has the shape of ``x``."""
+        if self._plain:
+            for branch in self:
+                x = self._run(_plain_step, x, branch)
+            return x
+        order = self._execution_order()
+        tau = self.tau_axis.positions()
+        if order is not None:
+            tau = tau.clamp(min=0)[order]
+        steps = torch.diff(tau, prepend=tau.new_zeros(1)).unbind()
+        for l, step in enumerate(steps):
+            x = self._run(euler_step, x, self[l if order is None else order[l]], step)
+        return x
+
+    def _run(self, step_function: Callable[..., Tensor], *args: Any) -> Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(step_function, *args, use_reentrant=False))
+        return step_function(*args)
+
+    def _execution_order(self) -> list[int] | None:
+        """Slots in the order of tau, or ``None`` where the slots are known to be in it.
+
+        The hook behind every optimizer step keeps the slots sorted, so training never waits for the device here. They
+        can be out of order after tau was written by hand, in a model trained in ``eval()``, and in averaged copies.
+        """
+        # An average's tau may cross while its places follow the model's, and averages are swapped in unseen.
+        averaged = not self.training and lineage_of(self).averaged
+        if torch.compiler.is_compiling():
+            return _read_order(self) if averaged else None  # reading breaks the graph, and says so under fullgraph
+        if not averaged and self._sorted_at == self.tau_axis.version():
+            return None
+        return _read_order(self)
+
+    # -- a sequence of branches --------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._modules) - 1  # all but the tau axis
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> nn.Module:
+        """The branch in slot i: the i-th particle in the order of tau."""
+        n = len(self)
+        if not isinstance(i, int) or isinstance(i, bool):
+            raise TypeError(f"a branch is indexed by an integer, got {type(i).__name__}")
+        if not -n <= i < n:
+            raise IndexError(f"branch {i} is out of range for {n} branches")
+        return cast(nn.Module, self._modules[str(i % n)])
+
+    def extra_repr(self) -> str:
+        """Horizon and number of branches."""
+        return f"horizon={self.horizon:g}"
+
+    def _label(self) -> str:
+        name = lineage_of(self).name
+        return f"MeanFieldSequential{f' {name!r}' if name else ''} ({len(self)} branches)"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        check_tau_entries(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _plain_step(x: Tensor, branch: nn.Module) -> Tensor:
+    return x + cast(Tensor, branch(x))
+
+
+def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(layer, MeanFieldSequential)
+    layer.tau_axis.keep_exact_()
+    layer._plain = layer._plain and bool((layer.steps() == 1).all())
+    if not lineage_of(layer).following:  # an averaged copy keeps the places of the model it follows
+        sort_(layer, cause="load")
+
+
+def _read_order(layer: MeanFieldSequential) -> list[int] | None:
+    positions = layer.tau_axis.read()
+    if positions.is_meta:
+        return None
+    tau = positions.clamp(min=0)
+    order = cast("list[int]", tau.argsort(stable=True).tolist())
+    if order == list(range(len(order))):
+        if not bool((positions < 0).any()):
+            layer._sorted_at = layer.tau_axis.version()
+            return None
+    return order

@@ -1,0 +1,149 @@
+"""The tau axis of one layer: where each particle stands in time, kept in float32 or wider."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_meanfield.particles.copying import is_sharded, whole, write_
+
+
+class TauAxis(nn.Module):
+    """Positions ``tau = anchor + offset`` of n particles, one slot each, in the order of the slots.
+
+    The buffer ``anchor`` holds the places where the particles were put (the uniform grid, unless told otherwise), the
+    parameter ``offset`` what they have learned since, and both belong to the particle and move with it. Weight decay
+    therefore pulls towards the placement, never towards tau = 0: it cannot shrink the horizon.
+
+    Both tensors keep at least float32, whatever ``.half()`` or ``.to(dtype)`` asks of the model: near 50 a bfloat16
+    tau could not move by 0.1.
+
+    Args:
+        n: number of particles.
+        horizon: the last position T of the uniform grid (a time; at T = n every step is exactly 1).
+        learn: whether ``offset`` is a parameter; ``False`` leaves the positions fixed.
+        device, dtype: of both tensors; dtype is float32 or float64.
+
+    Source: Lu et al. 2020, eq. (15); tau is unconstrained there except for its order.
+    """
+
+    anchor: Tensor
+    offset: nn.Parameter | None
+
+    def __init__(
+        self,
+        n: int,
+        horizon: float,
+        *,
+        learn: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        # arange before the division: at horizon n the grid holds exact integers, so every step is exactly 1.0.
+        grid = torch.arange(1, n + 1, device=device, dtype=dtype) * (horizon / n)
+        self.register_buffer("anchor", grid)
+        self.offset = nn.Parameter(torch.zeros_like(grid)) if learn else None
+        # FSDP2 with a narrow param_dtype hands forward() a rounded offset. A gathered float32 copy stands in for it.
+        # Not a buffer: averaging tools pair the buffers of two models, and only a sharded one has this.
+        self.exact_offset: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """Differentiable positions by slot, shape ``(n,)``: ascending once sorted, float32 or float64."""
+        return self.anchor if self.offset is None else self.anchor + self._offset(self.offset)
+
+    def _offset(self, offset: Tensor) -> Tensor:
+        if torch.finfo(offset.dtype).bits >= 32:
+            return offset
+        wide = offset.to(self.anchor.dtype)
+        if self.exact_offset is None:
+            return wide
+        # Only where the copy still rounds to what came in: an offset changed behind our back wins over the copy.
+        exact = torch.where(self.exact_offset.to(offset.dtype) == offset, self.exact_offset, wide)
+        return exact.detach() + (wide - wide.detach())
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """Detached positions by slot, gathered from all ranks if the offset is sharded."""
+        return self.anchor.detach() if self.offset is None else self.anchor + whole(self.offset)
+
+    @torch.no_grad()
+    def place_(self, values: Tensor) -> None:
+        """Put the particles at ``values`` (by slot), exactly; what they had learned is part of that now."""
+        self.anchor.copy_(values)
+        if self.offset is not None:
+            self.offset.zero_()
+        self.keep_exact_()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Move every position below 0 to 0."""
+        if self.offset is None:
+            self.anchor.clamp_(min=0)
+        else:
+            # anchor + (-anchor) is exactly 0, where a clamped sum might leave a rounding error below it
+            write_(self.offset, torch.maximum(whole(self.offset), -self.anchor))
+        self.keep_exact_()
+
+    @torch.no_grad()
+    def keep_exact_(self) -> None:
+        """Refresh the float32 copy of a sharded offset; on all ranks at once, since it gathers."""
+        if self.offset is not None and is_sharded(self.offset):
+            self.exact_offset = whole(self.offset).clone()
+
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever the positions are written in place, without reading them."""
+        return tuple(
+            v
+            for t in (self.anchor, self.offset)
+            if t is not None
+            for v in (id(t), -1 if t.is_inference() else t._version)
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TauAxis:
+        def keep(t: Tensor) -> Tensor:
+            out = fn(t)
+            if out.is_floating_point() and torch.finfo(out.dtype).bits < 32:
+                return t.to(out.device, torch.float32)
+            return out
+
+        return super()._apply(keep, recurse)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Number of particles, and whether they move."""
+        return f"{self.anchor.numel()}, learn={self.offset is not None}"
+
+
+def check_horizon(horizon: float | None, n: int) -> float:
+    """The horizon as a float (``None`` is n), or an error that names it."""
+    if horizon is None:
+        return float(n)
+    if isinstance(horizon, bool) or not isinstance(horizon, (int, float)):
+        raise TypeError(f"horizon must be a positive number or None (= number of branches), got {horizon!r}")
+    if not (math.isfinite(horizon) and horizon > 0):
+        raise ValueError(f"horizon must be positive and finite, or None (= number of branches, {n}); got {horizon!r}")
+    return float(horizon)
+
+
+def check_positions(values: Tensor | Sequence[float], axis: TauAxis) -> Tensor:
+    """``values`` as a tensor like ``axis.anchor``, positions below 0 projected to 0, or an error that names them."""
+    n = axis.anchor.numel()
+    tau = torch.as_tensor(values, dtype=axis.anchor.dtype, device=axis.anchor.device).detach()
+    if tau.shape != (n,):
+        raise ValueError(f"values must hold {n} positions, one for each branch; got shape {tuple(tau.shape)}")
+    if not bool(tau.isfinite().all()):
+        raise ValueError(f"values must be finite, got {tau.tolist()}")
+    return tau.clamp(min=0)
+
+
+def check_tau_entries(state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise ``ValueError`` if a tau in ``state_dict`` under the layer's ``prefix`` is not finite."""
+    for name in ("offset", "anchor"):
+        key = f"{prefix}tau_axis.{name}"
+        value = state_dict.get(key)
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(whole(value).isfinite().all()):
+            raise ValueError(f"state_dict[{key!r}] is not finite; the checkpoint is damaged, take an earlier one")

@@ -1,0 +1,9 @@
+"""The foundation: exchangeable particles and the one operation ``new[i] = old[index[i]]``."""
+
+from torch_meanfield.particles.averages import follow as follow
+from torch_meanfield.particles.events import Motion as Motion
+from torch_meanfield.particles.events import subscribe as subscribe
+from torch_meanfield.particles.population import Population as Population
+from torch_meanfield.particles.population import Slice as Slice
+from torch_meanfield.particles.population import Stack as Stack
+from torch_meanfield.particles.transport import transport_ as transport_

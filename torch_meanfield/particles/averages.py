@@ -1,0 +1,134 @@
+"""Averaged copies follow: slot l of the copy goes on averaging the particle that slot l of the model holds.
+
+``torch.optim.swa_utils.AveragedModel`` (so Lightning's ``WeightAveraging``) and timm's ``ModelEma*`` average a
+deep copy slot by slot. A deep copy that such a class registers as its submodule is recognised here, and from then on
+moves with its source; any other deep copy is a model of its own and is never touched. Averages of other make are
+named once with :func:`follow`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim.swa_utils import AveragedModel
+
+from torch_meanfield.particles.events import Motion, subscribe
+from torch_meanfield.particles.transport import transport_
+
+
+class Lineage:
+    """Who a module was copied from. Kept in the module's ``__dict__`` under ``_lineage``, so deep copies carry it.
+
+    Attributes:
+        module: the module itself (weakly), once bound.
+        origin: the lineage it was deep-copied from (weakly), if any.
+        followers: lineages of averaged copies that move with this module.
+        following: this module is an averaged copy.
+        averaged: it is one or has one: places may then hold averages whose tau is not ascending.
+        name: the attribute under which the module was last registered.
+    """
+
+    def __init__(self) -> None:
+        self.module: weakref.ref[nn.Module] | None = None
+        self.origin: weakref.ref[Lineage] | None = None
+        self.followers: weakref.WeakSet[Lineage] = weakref.WeakSet()
+        self.following = False
+        self.averaged = False
+        self.name = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lineage:
+        twin = Lineage()
+        twin.origin = weakref.ref(self)
+        twin.name = self.name
+        return twin
+
+    def __reduce__(self) -> tuple[type[Lineage], tuple[()]]:
+        return Lineage, ()  # another process, another family
+
+    def bind(self, module: nn.Module) -> None:
+        """Remember which module this is the lineage of."""
+        self.module = weakref.ref(module)
+
+
+def lineage_of(module: nn.Module) -> Lineage:
+    """The lineage of ``module``, begun if it has none yet."""
+    lineage: Lineage | None = module.__dict__.get("_lineage")
+    if lineage is None:
+        lineage = module.__dict__["_lineage"] = Lineage()
+    if lineage.module is None or lineage.module() is not module:
+        lineage.bind(module)
+    return lineage
+
+
+def follow(copy: nn.Module, model: nn.Module) -> int:
+    """Make ``copy``, an averaged copy of ``model`` kept by code this library does not know, move with ``model``.
+
+    Not needed for ``AveragedModel``, Lightning's ``WeightAveraging`` and timm's ``ModelEmaV2``/``V3``, which are
+    recognised by themselves.
+
+    Args:
+        copy: the averaged model, of the same structure as ``model``.
+        model: the model that is trained.
+
+    Returns:
+        how many modules that hold populations were paired.
+
+    Raises:
+        ValueError: no module of ``model`` holds a population, or ``copy`` lacks one of them.
+    """
+    theirs = dict(copy.named_modules())
+    pairs = []
+    for name, module in model.named_modules():
+        if "_lineage" in module.__dict__:
+            if type(theirs.get(name)) is not type(module):
+                raise ValueError(
+                    f"follow: copy has no {type(module).__name__} at {name!r}; it must have the structure of model"
+                )
+            pairs.append((theirs[name], module))
+    if not pairs:
+        raise ValueError("follow: model holds no population (no mean-field layer), so there is nothing to follow")
+    for twin, module in pairs:
+        _pair(lineage_of(twin), lineage_of(module))
+    return len(pairs)
+
+
+def _pair(copy: Lineage, source: Lineage) -> None:
+    source.followers.add(copy)
+    copy.following = copy.averaged = source.averaged = True
+
+
+def _is_averager(module: nn.Module) -> bool:
+    return isinstance(module, AveragedModel) or any(
+        c.__module__ == "timm.utils.model_ema" and c.__name__.startswith("ModelEma") for c in type(module).__mro__
+    )
+
+
+def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if submodule is None:
+        return
+    own: Lineage | None = submodule.__dict__.get("_lineage")
+    if own is not None:
+        own.name = name
+    if _is_averager(module):
+        for m in submodule.modules():
+            lineage: Lineage | None = m.__dict__.get("_lineage")
+            source = lineage.origin() if lineage is not None and lineage.origin is not None else None
+            if source is not None:
+                _pair(lineage_of(m), source)
+
+
+def _on_motion(motion: Motion) -> None:
+    owner = motion.population.owner
+    if owner is None or motion.cause in ("load", "follow"):
+        return  # a load replaces values, it does not move particles: the copy has a checkpoint of its own
+    for follower in list(lineage_of(owner).followers):
+        copy = follower.module() if follower.module is not None else None
+        if copy is not None and follower.following:
+            transport_(motion.population.within(copy), motion.index, cause="follow", state=False)
+
+
+register_module_module_registration_hook(_on_registration)
+subscribe(_on_motion)

@@ -1,0 +1,79 @@
+"""Copying in place, whatever the layout: the two column types, gradients, and sharded tensors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torch_meanfield.particles.population import Slice, Stack
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``. Does not import ``torch.distributed`` where nothing else has."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The detached value of ``tensor``, gathered from all ranks if it is sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def write_(tensor: Tensor, value: Tensor) -> None:
+    """Copy the whole ``value`` into ``tensor`` in place; a sharded tensor takes its own part."""
+    tensor = tensor.detach()
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+    tensor.copy_(value)
+
+
+def move_slice_(column: Slice, index: Tensor) -> None:
+    """``new[i] = old[index[i]]`` along one dimension of one tensor."""
+    # A sharded dimension cannot be indexed in place, so a sharded tensor is gathered and written back.
+    view = column.by_particle(whole(column.tensor))
+    new = view.index_select(column.dim + 1, index.to(view.device))
+    if is_sharded(column.tensor):
+        write_(column.tensor, new.flatten(column.dim, column.dim + 2))
+    else:
+        view.copy_(new)
+
+
+def move_stack_(tensors: Sequence[Tensor], sources: Sequence[int]) -> None:
+    """``new[i] = old[sources[i]]`` over n whole tensors."""
+    moved = _moved(sources)
+    old = {j: tensors[j].detach().clone() for j in {sources[i] for i in moved}}
+    for i in moved:
+        tensors[i].detach().copy_(old[sources[i]])
+
+
+def move_gradients_(column: Stack | Slice, index: Tensor, sources: Sequence[int]) -> None:
+    """Gradients and ``requires_grad`` go with their particle.
+
+    Another optimizer may still have to step on these gradients, and a frozen block stays frozen where it goes.
+    """
+    if isinstance(column, Slice):
+        if column.tensor.grad is not None:
+            move_slice_(Slice(column.tensor.grad, column.dim, column.outer, column.inner), index)
+        return
+    moved = _moved(sources)
+    old = {}
+    for j in {sources[i] for i in moved}:
+        p = column.tensors[j]
+        old[j] = (None if p.grad is None else p.grad.detach().clone(), p.requires_grad)
+    for i in moved:
+        p, (grad, requires_grad) = column.tensors[i], old[sources[i]]
+        if p.requires_grad != requires_grad:
+            p.requires_grad_(requires_grad)
+        if grad is None or p.grad is None:
+            p.grad = None if grad is None else grad.clone()
+        else:
+            p.grad.detach().copy_(grad)
+
+
+def _moved(sources: Sequence[int]) -> list[int]:
+    return [i for i, j in enumerate(sources) if i != j]

@@ -1,0 +1,64 @@
+"""Every motion of a population is published: loggers, averaged copies and other tools follow it from here."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torch_meanfield.particles.population import Population
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """One motion of one population, published after it has been made.
+
+    Attributes:
+        population: which particles moved; ``population.owner`` is the module that holds them.
+        index: int64 tensor of shape ``(n,)``; place i now holds what place ``index[i]`` held before.
+        cause: ``"resort"`` (after an optimizer step, or by hand), ``"set_tau"``, ``"load"`` (a checkpoint whose tau
+            was not sorted), ``"birth_death"``, or ``"follow"`` (an averaged copy moved with its source).
+    """
+
+    population: Population
+    index: Tensor
+    cause: str
+
+
+_subscribers: OrderedDict[int, Callable[[Motion], None]] = OrderedDict()
+
+
+def subscribe(callback: Callable[[Motion], None], model: nn.Module | None = None) -> RemovableHandle:
+    """Call ``callback(motion)`` after every motion, until ``handle.remove()``.
+
+    Args:
+        callback: called in the thread that moved the particles, after all of them have moved.
+        model: only motions of populations that this module holds; ``None`` for all in the process.
+
+    Returns:
+        a handle with ``remove()``; it is also a context manager.
+
+    Raises:
+        TypeError: ``callback`` is not callable, or ``model`` is not a module.
+    """
+    if not callable(callback):
+        raise TypeError(f"subscribe: callback must be callable, got {type(callback).__name__}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"subscribe: model must be a torch.nn.Module or None, got {type(model).__name__}")
+
+    def of_model(motion: Motion) -> None:
+        if model is None or any(m is motion.population.owner for m in model.modules()):
+            callback(motion)
+
+    handle = RemovableHandle(_subscribers)
+    _subscribers[handle.id] = of_model
+    return handle
+
+
+def publish(motion: Motion) -> None:
+    """Hand ``motion`` to every subscriber."""
+    for callback in list(_subscribers.values()):
+        callback(motion)

@@ -1,0 +1,70 @@
+"""The one operation on a population: ``new[i] = old[index[i]]`` over everything a particle owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_meanfield.particles.copying import move_gradients_, move_slice_, move_stack_
+from torch_meanfield.particles.events import Motion, publish
+from torch_meanfield.particles.optimizer_state import check_state, known_optimizers, move_state_
+from torch_meanfield.particles.population import Population, Stack, check_index
+
+
+@torch.no_grad()
+def transport_(
+    population: Population,
+    index: Tensor | Sequence[int],
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    cause: str = "transport",
+    state: bool = True,
+) -> Motion | None:
+    """Put what particle ``index[i]`` owned into place i, for every i, in place.
+
+    A permutation of the index re-sorts the population (Lu et al. 2020, Algorithm 1); an index with repetitions is
+    birth and death (Rotskoff et al. 2019). Parameters, buffers, gradients, ``requires_grad`` and optimizer state move
+    together. No ``Parameter`` is replaced, and none changes its storage or strides: values are copied.
+
+    Args:
+        population: the particles.
+        index: n integers in ``0..n-1``; int64 if a tensor.
+        optimizers: optimizers to take along beside those that have stepped in this process (which are known).
+        cause: published with the motion, see :class:`Motion`.
+        state: whether gradients and optimizer state move too; ``False`` where they belong to other values, as after
+            loading a checkpoint.
+
+    Returns:
+        the motion that was published, or ``None`` if the index (on the CPU) moves nothing.
+
+    Raises:
+        ValueError: an index of the wrong length or out of range.
+        TypeError: optimizer state that cannot be divided among the particles. Nothing has moved in either case.
+    """
+    n = population.size
+    index = check_index(index, n, population.name)
+    if index.device.type == "cpu" and torch.equal(index, torch.arange(n)):
+        return None
+    known = known_optimizers(optimizers) if state else []
+    for optimizer in known:
+        for column in population.columns:
+            check_state(optimizer, column, population.name)
+
+    # Whole tensors are moved one by one, so their sources must be known on the host; slices stay on their device.
+    stacked = any(isinstance(c, Stack) for c in population.columns)
+    sources: list[int] = index.tolist() if stacked else []
+    for column in population.columns:
+        if state:
+            for optimizer in known:
+                move_state_(optimizer, column, index, sources)
+            move_gradients_(column, index, sources)
+        if isinstance(column, Stack):
+            move_stack_(column.tensors, sources)
+        else:
+            move_slice_(column, index)
+    motion = Motion(population, index, cause)
+    publish(motion)
+    return motion
