@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torch_meanfield.particles.population import named_tensors
@@ -51,12 +51,13 @@ def check_exchangeable(branches: Sequence[nn.Module]) -> None:
                 )
 
 
-def _describe(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
-
-
 def _tensors(branch: nn.Module) -> dict[str, str]:
-    return {name: _describe(t) for name, t in named_tensors(branch).items()}
+    tensors = named_tensors(branch)
+    first = {id(t): name for name, t in reversed(tensors.items())}
+    return {
+        name: f"{tuple(t.shape)} {t.dtype} on {t.device}" + ("" if first[id(t)] == name else f", tied to {first[id(t)]!r}")
+        for name, t in tensors.items()
+    }
 
 
 def _modules(branch: nn.Module) -> dict[str, str]:

@@ -135,7 +135,8 @@ class MeanFieldSequential(nn.Module):
     def population(self) -> Population:
         """The branches as particles: each owns one tensor of every name in a branch, and its place on the tau axis."""
         tensors = [named_tensors(branch) for branch in self]
-        columns: list[Column] = [Stack([t[name] for t in tensors]) for name in tensors[0]]
+        names = {id(t): name for name, t in tensors[0].items()}.values()  # a tensor tied inside a branch counts once
+        columns: list[Column] = [Stack([t[name] for t in tensors]) for name in names]
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
         return Population(columns, owner=self, name=self._label())
 

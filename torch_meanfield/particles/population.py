@@ -100,7 +100,7 @@ class Population:
         name: shown in errors, warnings and logs.
 
     Raises:
-        ValueError: no column, or columns that disagree about the number of particles.
+        ValueError: no column, columns that disagree about the number of particles, or a tensor held twice.
 
     Source: exchangeability as in Lu et al. 2020 (Algorithm 1) and Rotskoff 2020, eq. (1).
     """
@@ -117,7 +117,15 @@ class Population:
         object.__setattr__(self, "name", name)
         if not self.columns:
             raise ValueError(f"{name}: columns is empty; a particle must own at least one tensor")
+        seen: set[tuple[int, int]] = set()
         for i, column in enumerate(self.columns):
+            for t, dim in [(t, -1) for t in column.tensors] if isinstance(column, Stack) else [(column.tensor, column.dim)]:
+                if (id(t), dim) in seen:
+                    raise ValueError(
+                        f"{name}: column {i} holds a tensor of shape {tuple(t.shape)} that another particle or column "
+                        f"holds already; it would move twice"
+                    )
+                seen.add((id(t), dim))
             if column.size != self.size:
                 raise ValueError(
                     f"{name}: column {i} holds {column.size} particles, but column 0 holds {self.size}; every column "
