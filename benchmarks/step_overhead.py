@@ -13,17 +13,20 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import describe_machine
 from torch import nn
 
-from torch_meanfield import MeanFieldResNet
-from torch_meanfield.depth.sequential import MeanFieldSequential
+if __package__ in (None, ""):  # run as a script: the checkout's packages are found beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipes.record import provenance  # noqa: E402
+from torch_meanfield import MeanFieldResNet, MeanFieldSequential  # noqa: E402
 
 
 class NaiveStack(nn.Module):
@@ -146,7 +149,7 @@ def main() -> None:
             f"| {row['ratio']['mean-field']:.3f} ({low:.3f} to {high:.3f}) | {row['ratio']['naive multiply']:.3f} |"
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
+    args.out.write_text(json.dumps({**provenance(runs[-1][0]), "gpu_measured": torch.cuda.is_available(), "rows": rows}, indent=1) + "\n")
     print(f"written to {args.out}")
 
 

@@ -1,0 +1,1 @@
+"""Training recipes, run as scripts (``python recipes/cifar.py``); a package so that tests can import the parts."""

@@ -1,0 +1,164 @@
+"""The command line of the image recipes: LightningCLI, with the data set named on it and errors on one line."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from recipes.errors import BadInput
+from recipes.record import provenance, read_epochs
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+DEFAULT_CONFIG = {"digits": "digits.yaml", "fashion-mnist": "resnet20-fashion-mnist.yaml"}
+RUNS = "runs"
+
+
+def spelled_out(args: Sequence[str]) -> list[str]:
+    """The arguments with ``--data NAME`` as ``--data.name NAME``, and the configuration for NAME if none is given.
+
+    The name stands for the data module's own argument; a path to a YAML file keeps jsonargparse's meaning, the
+    configuration of the whole group.
+    """
+    out: list[str] = []
+    data, given, words = "digits", False, iter(args)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in ("--data", "--data.name"):
+            value = value if equals else next(words, "")
+            if option == "--data" and value.endswith((".yaml", ".yml", ".json")):
+                out += [option, value]
+            else:
+                data = value
+                out += ["--data.name", value]
+            continue
+        given |= option in ("-c", "--config")
+        out.append(word)
+    asks_for_help = not out or out[0].startswith("-") or {"-h", "--help"} & set(out)
+    if not given and not asks_for_help:
+        # Behind the subcommand and before all options, so that every option overrides it.
+        out[1:1] = ["--config", str(CONFIGS / DEFAULT_CONFIG.get(data, "resnet20-cifar10.yaml"))]
+    return out
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI whose user errors are :class:`BadInput`, raised before anything is written."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise BadInput(str(error)) from error
+        self._checkpoint = self._read_checkpoint(self.config[self.config["subcommand"]].get("ckpt_path"))
+
+    @staticmethod
+    def _read_checkpoint(path: str | None) -> dict[str, Any] | None:
+        if path is None or path in ("best", "last", "hpc"):  # Lightning's own words, resolved by the trainer
+            return None
+        if not Path(path).is_file():
+            raise BadInput(f"--ckpt_path {path}: there is no such file; pass a checkpoint that `fit` wrote")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint["state_dict"].items()
+        except Exception as error:  # torch.load fails in as many ways as a file can be damaged
+            raise BadInput(
+                f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__}); it is damaged or was not "
+                f"written by `fit`, pass another one"
+            ) from error
+        return checkpoint
+
+    def before_instantiate_classes(self) -> None:
+        # The configuration is kept beside the logs of a training; there is no place for it elsewhere.
+        if self.subcommand != "fit" or self._get(self.config, "trainer").logger is False:
+            self.save_config_callback = None
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise BadInput(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self._try_checkpoint()
+        trainer, fit = self._get(self.config_init, "trainer"), self.subcommand == "fit"
+        folder = trainer.default_root_dir or RUNS
+        logger = trainer.logger
+        if logger in (None, True):
+            # Named together: left alone, each logger would number its own folder.
+            csv = CSVLogger(folder, name=self.datamodule.label.replace(":", "-")) if fit else None
+            logger = csv and [csv, TensorBoardLogger(folder, name=csv.name, version=csv.version)]
+        # What only a training can use, and what Lightning refuses without a logger.
+        idle = (() if fit else (ModelCheckpoint,)) + (() if logger else (LearningRateMonitor,))
+        callbacks = [c for c in trainer.callbacks or [] if not isinstance(c, idle)]
+        kwargs |= {"default_root_dir": folder, "logger": logger or False, "callbacks": callbacks}
+        if not fit:
+            kwargs["enable_checkpointing"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def _try_checkpoint(self) -> None:
+        """Try the checkpoint on the model, so that a misfit is told before the trainer exists or writes anything."""
+        if self._checkpoint is None:
+            return
+        path, prefix = self._get(self.config, "ckpt_path"), "net."
+        weights = {k.removeprefix(prefix): v for k, v in self._checkpoint["state_dict"].items() if k.startswith(prefix)}
+        try:
+            self.model.net.load_state_dict(weights)
+        except (ValueError, RuntimeError) as error:
+            raise BadInput(f"--ckpt_path {path}: {error}") from error
+
+    def before_fit(self) -> None:
+        self._begun = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """Write ``run.json`` beside the logs: what was trained on what by which versions, and the curves."""
+        seconds = time.perf_counter() - self._begun
+        logger = next((each for each in self.trainer.loggers if isinstance(each, CSVLogger)), None)
+        if logger is None or not self.trainer.is_global_zero:
+            return
+        metrics = Path(logger.log_dir) / "metrics.csv"
+        result = {
+            "data": self.datamodule.label,
+            "seed": self._get(self.config, "seed_everything"),
+            "model": self._get(self.config, "model").as_dict(),
+            "optimizer_steps": self.trainer.global_step,
+            "seconds": round(seconds, 1),
+            **provenance(self.trainer.strategy.root_device),
+            "epochs": read_epochs(metrics) if metrics.exists() else [],
+        }
+        (metrics.parent / "run.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run(model_class: type, data_class: type, args: Sequence[str]) -> RecipeCLI:
+    """Parse ``args`` and carry out their subcommand.
+
+    Raises:
+        BadInput: wrong arguments, files or folders.
+    """
+    each = {"exit_on_error": False}
+    return RecipeCLI(
+        model_class,
+        data_class,
+        args=spelled_out(args),
+        seed_everything_default=0,
+        parser_kwargs={**each, **{name: dict(each) for name in RecipeCLI.subcommands()}},
+        auto_configure_optimizers=False,
+    )
