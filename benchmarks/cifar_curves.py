@@ -27,8 +27,8 @@ def train(twin: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     finished = sorted(folder.glob("*/version_*/run.json"))
     if not finished:
         command = [
-            sys.executable, "recipes/cifar.py", "fit", "--data", args.data, "--data.label", args.label,
-            "--config", "recipes/configs/resnet20-cifar10.yaml", "--model.depth", str(args.depth),
+            sys.executable, "recipes/cifar.py", "fit", "--config", "recipes/configs/resnet20-cifar10.yaml",
+            "--data", args.data, "--data.label", args.label, "--model.depth", str(args.depth),
             "--model.learn_tau", TWINS[twin], "--seed_everything", str(seed),
             "--trainer.max_epochs", str(args.epochs), "--trainer.default_root_dir", str(folder.resolve()),
         ]  # fmt: skip

@@ -118,7 +118,7 @@ class ImageData(LightningDataModule):
             if value is not None and value < 0:
                 raise BadInput(f"--data.{argument} {value} is negative; pass 0 or more, or null for the default")
         if not 0.0 <= val_fraction < 1.0:
-            raise BadInput(f"--data.val_fraction {val_fraction}: pass a share of the training images, from 0 to below 1")
+            raise BadInput(f"--data.val_fraction {val_fraction}: pass a share of the training images, 0 to below 1")
         self.source = open_source(name, Path(root), size)
         self.num_classes = self.source.num_classes
         self.in_chans = self.source.in_chans

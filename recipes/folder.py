@@ -87,7 +87,7 @@ class Folder(Source):
         path = self._files["train"].samples[0][0]
         image = self._fit(read_rgb(path))
         if image.width != image.height:
-            raise BadInput(f"{path} is {image.width}x{image.height} pixels, not square; pass --data.size PIXELS to resize")
+            raise BadInput(f"{path} is {image.width}x{image.height} pixels, not square; pass --data.size PIXELS")
         return image.width
 
     def nbytes(self) -> int:
@@ -97,7 +97,9 @@ class Folder(Source):
     def decode(self, split: Split) -> Images:
         samples, side = self._files[split].samples, self.side()
         pixels = torch.empty(len(samples), 3, side, side, dtype=torch.uint8)
-        for i, (path, _) in enumerate(tqdm(samples, desc=f"decoding {split}", leave=False, mininterval=1, disable=len(samples) < 2000)):
+        # A bar only for what takes seconds.
+        bar = tqdm(samples, desc=f"decoding {split}", leave=False, mininterval=1, disable=len(samples) < 2000)
+        for i, (path, _) in enumerate(bar):
             pixels[i] = self._load(path, side)
         return Images(pixels, torch.tensor([label for _, label in samples]))
 

@@ -51,6 +51,7 @@ class MeanFieldMonitor(Callback):
         self.trajectories: dict[str, Trajectory] = {}
         self._layers: dict[str, MeanFieldSequential] = {}
         self._handle: RemovableHandle | None = None
+        self._trainer: Trainer | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and follow their motions from here on."""
@@ -65,13 +66,15 @@ class MeanFieldMonitor(Callback):
             known = self.trajectories.get(name)
             if known is None or len(known.who) != len(layer):
                 self.trajectories[name] = Trajectory(len(layer))
-        self._handle = subscribe(self._follow, pl_module)
+        self._trainer, self._handle = trainer, subscribe(self._follow, pl_module)
         self._record(trainer)
 
     def _follow(self, motion: Motion) -> None:
         for name, layer in self._layers.items():
             if motion.population.owner is layer:
-                self.trajectories[name].move(motion.index, resort=motion.cause == "resort")
+                # The hook runs inside optimizer.step(), before Lightning counts that step.
+                step = self._trainer.global_step + 1 if self._trainer and motion.cause == "resort" else None
+                self.trajectories[name].move(motion.index, resorted_at=step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,7 +97,7 @@ class MeanFieldMonitor(Callback):
             if trainer.loggers:
                 values |= {f"tau/{name}/{i}": t for i, t in enumerate(tau.tolist())}
                 values |= {f"step/{name}/{i}": s for i, s in enumerate(layer.steps().tolist())}
-                values[f"resorts/{name}"] = float(trajectory.resorts)
+                values[f"resorts/{name}"] = float(len(trajectory.resorts))
         if values:
             values["resorts/total"] = float(self.resorts)
             for logger in trainer.loggers:
@@ -103,7 +106,7 @@ class MeanFieldMonitor(Callback):
     @property
     def resorts(self) -> int:
         """Re-sorts of all layers since the start."""
-        return sum(t.resorts for t in self.trajectories.values())
+        return sum(len(t.resorts) for t in self.trajectories.values())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the last step and draw."""
@@ -126,7 +129,7 @@ class MeanFieldMonitor(Callback):
     def _stop(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-            self._handle = None
+            self._handle = self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
         """Trajectories and counts by layer."""

@@ -19,7 +19,7 @@ def plot_tau(
     """Draw the position of every particle over the optimizer steps, each followed through the re-sorts.
 
     A line keeps its particle, and its colour the place where that particle started (dark: early, light: late), so
-    lines that cross are particles that changed places; a panel's heading counts the re-sorts that followed.
+    lines that cross are particles that changed places. The ticks at the foot of a panel are the re-sorts.
 
     Args:
         trajectories: by layer name, in the order of the panels.
@@ -33,8 +33,8 @@ def plot_tau(
         ValueError: no trajectory, or one that holds no record.
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
     from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     if not trajectories:
         raise ValueError("plot_tau: trajectories is empty; pass one for each layer")
@@ -48,13 +48,13 @@ def plot_tau(
     for ax in axes.flat[len(trajectories) :]:
         ax.set_visible(False)
     for ax, (name, trajectory) in zip(axes.flat, trajectories.items(), strict=False):
-        n = len(trajectory.who)
-        curves = list(zip(*trajectory.tau, strict=True))
-        for particle, curve in enumerate(curves):
+        n, resorts = len(trajectory.who), trajectory.resorts
+        for particle, curve in enumerate(zip(*trajectory.tau, strict=True)):
             colour = colormaps["viridis"](0.9 * particle / max(1, n - 1))
-            ax.plot(trajectory.steps, curve, color=colour, linewidth=1.4)
-        count = trajectory.resorts
-        ax.set_title(f"{name}: {n} particle{'s' * (n != 1)}, {count} re-sort{'s' * (count != 1)}", fontsize=10)
+            ax.plot(trajectory.steps, curve, color=colour, linewidth=1.5)
+        # In axis units from the foot, so that the ticks are there at any scale of tau.
+        ax.vlines(resorts, 0, 0.035, transform=ax.get_xaxis_transform(), color="crimson", linewidth=0.9)
+        ax.set_title(f"{name}: {n} particle{'s' * (n != 1)}, {len(resorts)} re-sort{'s' * (len(resorts) != 1)}", size=10)
         ax.set_xlabel("optimizer step")
         ax.set_ylim(bottom=0)
         ax.margins(x=0)

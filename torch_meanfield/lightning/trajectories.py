@@ -20,16 +20,14 @@ class Trajectory:
         steps: optimizer steps at which positions were recorded.
         tau: for each of them, n positions by particle.
         who: for each slot, the particle in it.
-        resorts: number of re-sorts that changed the order.
-        crossings: number of pairs that changed their order in these re-sorts.
+        resorts: the steps at which the particles were re-sorted, ascending.
     """
 
     def __init__(self, n: int) -> None:
         self.steps: list[int] = []
         self.tau: list[list[float]] = []
         self.who = list(range(n))
-        self.resorts = 0
-        self.crossings = 0
+        self.resorts: list[int] = []
 
     def record(self, step: int, tau: Tensor) -> None:
         """Append the positions ``tau`` (shape ``(n,)``, by slot) as those of ``step``; a step is recorded once."""
@@ -42,18 +40,16 @@ class Trajectory:
         self.steps.append(step)
         self.tau.append(row)
 
-    def move(self, index: Tensor, resort: bool) -> None:
-        """Follow a motion: slot i now holds what slot ``index[i]`` held (int64, shape ``(n,)``, a permutation).
+    def move(self, index: Tensor, resorted_at: int | None = None) -> None:
+        """Follow a motion: slot i now holds what slot ``index[i]`` held.
 
         Args:
-            index: sources by slot.
-            resort: whether to count it as a re-sort.
+            index: int64, shape ``(n,)``, a permutation of the slots.
+            resorted_at: the step, if it was a re-sort; other motions (a checkpoint loaded, say) are not counted.
         """
-        sources = index.tolist()
-        self.who = [self.who[source] for source in sources]
-        if resort:
-            self.resorts += 1
-            self.crossings += sum(a > b for i, a in enumerate(sources) for b in sources[i + 1 :])
+        self.who = [self.who[source] for source in index.tolist()]
+        if resorted_at is not None:
+            self.resorts.append(resorted_at)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as lists and integers."""
@@ -61,8 +57,7 @@ class Trajectory:
             "steps": list(self.steps),
             "tau": [list(row) for row in self.tau],
             "who": list(self.who),
-            "resorts": self.resorts,
-            "crossings": self.crossings,
+            "resorts": list(self.resorts),
         }
 
     @classmethod
@@ -71,5 +66,5 @@ class Trajectory:
         out = cls(len(state["who"]))
         out.steps, out.who = list(state["steps"]), list(state["who"])
         out.tau = [list(row) for row in state["tau"]]
-        out.resorts, out.crossings = int(state["resorts"]), int(state["crossings"])
+        out.resorts = list(state["resorts"])
         return out
