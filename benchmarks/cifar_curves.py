@@ -55,9 +55,15 @@ def table(runs: list[dict[str, Any]], args: argparse.Namespace) -> str:
     for twin in TWINS:
         last = [r["epochs"][-1]["val_error"] for r in runs if r["twin"] == twin]
         lines.append(f"\n{twin}: {statistics.mean(last):.2f} % in the mean of {len(last)} seeds after the last epoch.")
-    command = f"python benchmarks/cifar_curves.py --data folder:PATH --label {args.label} --epochs {args.epochs} --seeds {args.seeds}"
-    made = f"{runs[0]['device']}, {runs[0]['threads']} thread(s), torch {runs[0]['versions']['torch']}, commit {runs[0]['commit']}"
-    return "\n".join([*lines, "", f"Made by `{command}` on {made}.", ""])
+    made = runs[0]
+    command = f"benchmarks/cifar_curves.py --data folder:PATH --label {args.label} --epochs {args.epochs}"
+    lines += [
+        "",
+        f"Made by `python {command} --seeds {args.seeds}` on {made['device']} with {made['threads']} thread(s), torch "
+        f"{made['versions']['torch']}, commit {made['commit']}.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def picture(runs: list[dict[str, Any]], args: argparse.Namespace, path: Path) -> None:

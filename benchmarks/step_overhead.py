@@ -25,8 +25,8 @@ from torch import nn
 if __package__ in (None, ""):  # run as a script: the checkout's packages are found beside it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.record import provenance  # noqa: E402
-from torch_meanfield import MeanFieldResNet, MeanFieldSequential  # noqa: E402
+from recipes.record import provenance
+from torch_meanfield import MeanFieldResNet, MeanFieldSequential
 
 
 class NaiveStack(nn.Module):
@@ -149,7 +149,8 @@ def main() -> None:
             f"| {row['ratio']['mean-field']:.3f} ({low:.3f} to {high:.3f}) | {row['ratio']['naive multiply']:.3f} |"
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**provenance(runs[-1][0]), "gpu_measured": torch.cuda.is_available(), "rows": rows}, indent=1) + "\n")
+    result = {**provenance(runs[-1][0]), "gpu_measured": torch.cuda.is_available(), "rows": rows}
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {args.out}")
 
 

@@ -5,13 +5,13 @@ from torch_meanfield.depth import MeanFieldSequential as MeanFieldSequential
 from torch_meanfield.depth import param_groups as param_groups
 from torch_meanfield.depth import resort_ as resort_
 from torch_meanfield.depth import set_automatic_resort as set_automatic_resort
+from torch_meanfield.importing import import_after as _import_after
 from torch_meanfield.particles import Motion as Motion
 from torch_meanfield.particles import Population as Population
 from torch_meanfield.particles import Slice as Slice
 from torch_meanfield.particles import Stack as Stack
 from torch_meanfield.particles import follow as follow
 from torch_meanfield.particles import subscribe as subscribe
-from torch_meanfield.importing import import_after as _import_after
 from torch_meanfield.particles import transport_ as transport_
 
 __version__ = "0.1.0"

@@ -77,10 +77,11 @@ def test_agrees_with_the_reference_for_200_steps(name, make_branch):
         torch.testing.assert_close(layer.tau, reference.tau()[order], rtol=0, atol=1e-10)
 
     assert reference.crossings >= 20
-    for l, i in enumerate(order):
-        for (key, mine), yours in zip(layer[l].state_dict().items(), reference.branches[i].state_dict().values()):
-            torch.testing.assert_close(mine, yours, rtol=0, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
-        for mine, yours in zip(layer[l].parameters(), reference.branches[i].parameters(), strict=True):
+    for place, i in enumerate(order):
+        theirs_by_key = reference.branches[i].state_dict()
+        for key, mine in layer[place].state_dict().items():
+            torch.testing.assert_close(mine, theirs_by_key[key], rtol=0, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
+        for mine, yours in zip(layer[place].parameters(), reference.branches[i].parameters(), strict=True):
             _assert_same_state(ours.state[mine], theirs.state[yours], lambda v: v)
     _assert_same_state(ours.state[layer.tau_axis.offset], theirs.state[reference.offset], lambda v: v[order])
 

@@ -44,7 +44,7 @@ def test_an_optimizer_step_re_sorts_the_layers_whose_tau_it_owns():
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     handle.remove()
     assert model[1].tau_axis.read().tolist() == [2.0, 2.5, 3.0, 4.0]
-    assert all(torch.equal(model[1][l].weight, weights[i]) for l, i in enumerate([1, 0, 2, 3]))
+    assert all(torch.equal(model[1][place].weight, weights[i]) for place, i in enumerate([1, 0, 2, 3]))
     assert [(m.population.owner, m.index.tolist(), m.cause) for m in seen] == [(model[1], [1, 0, 2, 3], "resort")]
     assert "'1'" in seen[0].population.name
 
@@ -133,7 +133,7 @@ def test_tau_below_zero_is_projected_and_ties_are_stable():
     _push(layer, [-1.5, 0.0, -9.0, -1.0])
     torch.optim.SGD(layer.parameters(), lr=1.0).step()
     assert layer.tau_axis.read().tolist() == [0.0, 0.0, 2.0, 3.0]
-    assert all(torch.equal(layer[l].weight, weights[i]) for l, i in enumerate([0, 2, 1, 3]))
+    assert all(torch.equal(layer[place].weight, weights[i]) for place, i in enumerate([0, 2, 1, 3]))
     tied = _layer()
     before = _state(tied)
     _push(tied, [1.0, 0.0, 0.0, 0.0])

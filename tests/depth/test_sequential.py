@@ -74,16 +74,16 @@ def test_it_is_a_sequence_of_its_branches():
 def test_positions_and_steps_are_differentiable():
     layer = _layer(3).double()
     x, g = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    states, grads = [x], []
+    states = [x]
     for branch in layer:
         states.append((states[-1] + branch(states[-1])).detach().requires_grad_())
     (layer(x) * g).sum().backward()
     # theory.md section 1: dE/dtau^l = <p^l, f(X^{l-1})> - <p^{l+1}, f(X^l)>, p the adjoint after step l
     adjoint = g
     products = []
-    for l in reversed(range(3)):
-        start = states[l].detach().requires_grad_()
-        f = layer[l](start)
+    for place in reversed(range(3)):
+        start = states[place].detach().requires_grad_()
+        f = layer[place](start)
         products.insert(0, (adjoint * f).sum())
         adjoint = adjoint + torch.autograd.grad((adjoint * f).sum(), start)[0]
     expected = torch.stack([*products, torch.zeros((), dtype=torch.float64)])
@@ -103,9 +103,9 @@ def test_set_tau_places_exactly_and_moves_branch_and_state_together(learn_tau):
     identity = [(id(p), p.data_ptr(), p.stride()) for p in layer.parameters()]
     layer.set_tau_([0.7, 3.1, -0.5, 0.7])
     assert torch.equal(layer.tau, torch.tensor([0.0, 0.7, 0.7, 3.1]))
-    for l, i in enumerate([2, 0, 3, 1]):  # equal positions keep their order
-        assert torch.equal(layer[l][2].weight, weights[i]) and torch.equal(layer[l][0].running_mean, means[i])
-        assert torch.equal(optimizer.state[layer[l][2].weight]["momentum_buffer"], momenta[i])
+    for place, i in enumerate([2, 0, 3, 1]):  # equal positions keep their order
+        assert torch.equal(layer[place][2].weight, weights[i]) and torch.equal(layer[place][0].running_mean, means[i])
+        assert torch.equal(optimizer.state[layer[place][2].weight]["momentum_buffer"], momenta[i])
     assert identity == [(id(p), p.data_ptr(), p.stride()) for p in layer.parameters()]
 
 
@@ -171,8 +171,8 @@ def test_an_unsorted_checkpoint_is_sorted_on_load():
         loaded.load_state_dict(state)
     assert loaded.tau_axis.read().tolist() == [0.0, 2.0, 3.0, 3.5, 4.25]
     assert [(m.cause, m.index.tolist()) for m in motions] == [("load", [2, 1, 4, 0, 3])]
-    for l, i in enumerate([2, 1, 4, 0, 3]):
-        assert torch.equal(loaded[l][2].weight, layer[i][2].weight)
+    for place, i in enumerate([2, 1, 4, 0, 3]):
+        assert torch.equal(loaded[place][2].weight, layer[i][2].weight)
 
 
 def test_a_checkpoint_of_another_horizon_brings_its_positions_along():
@@ -202,15 +202,15 @@ class _Twice(nn.Module):
     "make, error, match",
     [
         (lambda: MeanFieldSequential(), ValueError, "branches is empty"),
-        (lambda: MeanFieldSequential(nn.Linear(2, 2), 3), TypeError, r"branches\[1\] must be a torch.nn.Module, got int"),
-        (lambda: MeanFieldSequential(nn.Linear(2, 2), nn.Linear(2, 3)), ValueError, r"branches\[1\] differs .*'weight'"),
+        (lambda: MeanFieldSequential(nn.Linear(2, 2), 3), TypeError, r"branches\[1\] must be .*got int"),
+        (lambda: MeanFieldSequential(nn.Linear(2, 2), nn.Linear(2, 3)), ValueError, r"branches\[1\] differs"),
         (lambda: MeanFieldSequential(nn.Linear(2, 2), horizon=0), ValueError, "horizon must be positive.*got 0"),
         (lambda: MeanFieldSequential(nn.Linear(2, 2), horizon=float("nan")), ValueError, "horizon must be positive"),
         (lambda: MeanFieldSequential(nn.Linear(2, 2), horizon="1"), TypeError, "horizon must be a positive number"),
         (lambda: MeanFieldSequential(nn.Linear(2, 2), tau_init="sorted"), ValueError, "tau_init must be .*'sorted'"),
         (lambda: _layer(3).set_tau_([1, 2]), ValueError, r"values must hold 3 positions.*\(2,\)"),
         (lambda: _layer(2).set_tau_([1, float("inf")]), ValueError, "values must be finite"),
-        (lambda: MeanFieldSequential(_Twice())(torch.ones(2, 3)), ValueError, r"keep the shape .*\(2, 3\); got \(2, 1\)"),
+        (lambda: MeanFieldSequential(_Twice())(torch.ones(2, 3)), ValueError, r"keep the shape .*got \(2, 1\)"),
     ],
 )
 def test_bad_input_is_named(make, error, match):

@@ -75,7 +75,7 @@ def test_slots_go_on_averaging_the_same_particle(name):
     tau_by_particle = layer.tau.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
     handle = subscribe(motions.append, model=model)
-    for t in range(60):
+    for _ in range(60):
         optimizer.zero_grad()
         model(torch.randn(8, 3)).square().mean().backward()
         layer.tau_axis.offset.grad += torch.randn(N)
@@ -83,13 +83,13 @@ def test_slots_go_on_averaging_the_same_particle(name):
         while motions:
             order = [order[j] for j in motions.pop(0).index.tolist()]
         update(model)
-        for l, i in enumerate(order):
-            by_particle[i].lerp_(layer[l].weight.detach(), 0.1)
-            tau_by_particle[i].lerp_(layer.tau.detach()[l], 0.1)
+        for place, i in enumerate(order):
+            by_particle[i].lerp_(layer[place].weight.detach(), 0.1)
+            tau_by_particle[i].lerp_(layer.tau.detach()[place], 0.1)
     handle.remove()
     assert order != list(range(N))
-    for l, i in enumerate(order):
-        torch.testing.assert_close(averaged[1][l].weight, by_particle[i], rtol=0, atol=1e-5)
+    for place, i in enumerate(order):
+        torch.testing.assert_close(averaged[1][place].weight, by_particle[i], rtol=0, atol=1e-5)
     torch.testing.assert_close(averaged[1].tau_axis.read(), tau_by_particle[order], rtol=0, atol=1e-5)
     # and the copy computes what its particles say, in the order of their averaged times
     averaged.eval()
@@ -110,8 +110,8 @@ def test_an_average_whose_tau_crosses_is_executed_in_the_order_of_tau():
     assert average.tau.tolist() == [0.25, 0.5, 0.75, 1.0]
     x = torch.randn(2, 3)
     expected = x
-    for l in (2, 0, 1, 3):
-        expected = expected + 0.25 * average[l](expected)
+    for place in (2, 0, 1, 3):
+        expected = expected + 0.25 * average[place](expected)
     torch.testing.assert_close(average(x), expected)
 
 
@@ -172,8 +172,8 @@ def test_lightning_weight_averaging_swaps_in_what_it_averaged(tmp_path):
         def on_train_batch_end(self, trainer, module, *args):
             while motions:
                 order[:] = [order[j] for j in motions.pop(0).index.tolist()]
-            for l, i in enumerate(order):
-                tau_by_particle[i].lerp_(module.net[1].tau.detach()[l], 1.0 if trainer.global_step == 1 else 0.1)
+            for place, i in enumerate(order):
+                tau_by_particle[i].lerp_(module.net[1].tau.detach()[place], 1.0 if trainer.global_step == 1 else 0.1)
 
     trainer = pl.Trainer(
         max_epochs=3, callbacks=[average, Identity()], default_root_dir=tmp_path, logger=False, accelerator="cpu",

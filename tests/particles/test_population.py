@@ -4,7 +4,6 @@ from torch import nn
 
 from torch_meanfield import Population, Slice, Stack
 
-
 _T = torch.zeros(4)
 
 
@@ -27,7 +26,7 @@ def test_sizes_and_views():
         (lambda: Slice(torch.zeros(4, 2), 2), "dim 2 is out of range"),
         (lambda: Slice(torch.zeros(()), 0), "out of range"),
         (lambda: Slice(torch.zeros(4, 2), 0, inner=3), "length 4"),
-        (lambda: Population([Slice(_T), Slice(_T)]), "column 1 holds a tensor .* move twice"),
+        (lambda: Population([Slice(_T), Slice(_T)]), "column 1 holds a tensor .*move twice"),
         (lambda: Population([Stack([_T, _T])]), "column 0 holds a tensor"),
         (lambda: Population([]), "at least one tensor"),
         (lambda: Population([Slice(torch.zeros(4)), Slice(torch.zeros(3))], name="mlp"), "mlp: column 1 holds 3"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -57,7 +56,8 @@ class OpeningBlock(nn.Module):
         """Map ``(B, in, H, W)`` to ``(B, out, H / stride, W / stride)``."""
         norm, activation, *rest = self.branch
         h = activation(norm(x))
-        out = h
+        out: Tensor = self.shortcut(h)
         for module in rest:
-            out = module(out)
-        return cast(Tensor, self.shortcut(h)) + out
+            h = module(h)
+        out = out + h
+        return out

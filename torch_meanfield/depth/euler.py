@@ -28,7 +28,7 @@ def euler_step(x: Tensor, branch: nn.Module, step: Tensor) -> Tensor:
     """
     plan = _foldable(branch)
     if plan is None:
-        out = branch(x)
+        out: Tensor = branch(x)
         _check_shape(x, out)
         if x.dtype == out.dtype == step.dtype:
             return torch.addcmul(x, out, step)
@@ -40,9 +40,9 @@ def euler_step(x: Tensor, branch: nn.Module, step: Tensor) -> Tensor:
         h = module(h)
     weight = _scale(last.weight, step)
     bias = None if last.bias is None else _scale(last.bias, step)
-    out = F.linear(h, weight, bias) if isinstance(last, nn.Linear) else last._conv_forward(h, weight, bias)
-    _check_shape(x, out)
-    return x + out
+    update: Tensor = F.linear(h, weight, bias) if isinstance(last, nn.Linear) else last._conv_forward(h, weight, bias)
+    _check_shape(x, update)
+    return x + update
 
 
 def _scale(t: Tensor, step: Tensor) -> Tensor:
@@ -51,7 +51,9 @@ def _scale(t: Tensor, step: Tensor) -> Tensor:
 
 def _check_shape(x: Tensor, out: Tensor) -> None:
     if x.shape != out.shape:
-        raise ValueError(f"a residual branch must keep the shape of its input, {tuple(x.shape)}; got {tuple(out.shape)}")
+        raise ValueError(
+            f"a residual branch must keep the shape of its input, {tuple(x.shape)}; got {tuple(out.shape)}"
+        )
 
 
 def _foldable(branch: nn.Module) -> tuple[list[nn.Module], nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear] | None:

@@ -54,10 +54,9 @@ def check_exchangeable(branches: Sequence[nn.Module]) -> None:
 def _tensors(branch: nn.Module) -> dict[str, str]:
     tensors = named_tensors(branch)
     first = {id(t): name for name, t in reversed(tensors.items())}
-    return {
-        name: f"{tuple(t.shape)} {t.dtype} on {t.device}" + ("" if first[id(t)] == name else f", tied to {first[id(t)]!r}")
-        for name, t in tensors.items()
-    }
+    kinds = {name: f"{tuple(t.shape)} {t.dtype} on {t.device}" for name, t in tensors.items()}
+    ties = {name: f", tied to {first[id(t)]!r}" for name, t in tensors.items() if first[id(t)] != name}
+    return {name: kind + ties.get(name, "") for name, kind in kinds.items()}
 
 
 def _modules(branch: nn.Module) -> dict[str, str]:

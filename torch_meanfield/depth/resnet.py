@@ -223,13 +223,12 @@ class MeanFieldResNet(nn.Module):
                 unchanged then.
             RuntimeError: missing, unexpected or misshapen entries, as in ``nn.Module``.
         """
-        inside = [k.split(".")[2] for k in state_dict if k.startswith(f"stage{_STAGES}.particles.")]
-        blocks = 1 + len({name for name in inside if name.isdigit()})  # the last stage always has an opening block
-        theirs = _STAGES * _LAYERS_PER_BLOCK[self.block] * blocks + 2
-        if inside and theirs != self.depth:
+        theirs = _depth_of(state_dict)
+        if theirs is not None and theirs != (self.depth, _LAYERS_PER_BLOCK[self.block]):
+            kind = "blocks of {} layers".format
             raise ValueError(
-                f"state_dict is a checkpoint of depth {theirs}, but this model has depth {self.depth}; build "
-                f"MeanFieldResNet(depth={theirs}, block={self.block!r})"
+                f"state_dict is a checkpoint of depth {theirs[0]} ({kind(theirs[1])}), but this model has depth "
+                f"{self.depth} ({kind(_LAYERS_PER_BLOCK[self.block])}); build it with the checkpoint's depth and block"
             )
         for name in self.mean_field_layers():
             check_tau_entries(state_dict, f"{name}.")
@@ -247,6 +246,17 @@ def _blocks_per_stage(depth: int, block: str) -> int:
             f"the nearest is {near}"
         )
     return (depth - 2) // period
+
+
+def _depth_of(state_dict: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Depth and layers per block of the network a checkpoint comes from; ``None`` if it is no such checkpoint."""
+    last = f"stage{_STAGES}."
+    if not any(k.startswith(f"{last}opening.") for k in state_dict):
+        return None
+    layers = sum(k.startswith(f"{last}opening.branch.conv") and k.endswith(".weight") for k in state_dict)
+    names = {k.split(".")[2] for k in state_dict if k.startswith(f"{last}particles.")}
+    blocks = 1 + sum(name.isdigit() for name in names)  # the last stage always has an opening block
+    return _STAGES * layers * blocks + 2, layers
 
 
 def _branch_factory(block: str, stage: int, cardinality: int, base_width: int) -> Callable[..., nn.Sequential]:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_meanfield.depth.euler import euler_step
 from torch_meanfield.depth.exchangeable import check_exchangeable
 from torch_meanfield.depth.resort import register, sort_
-from torch_meanfield.depth.tau_axis import TauAxis, check_horizon, check_positions, check_tau_entries
+from torch_meanfield.depth.tau_axis import TauAxis, check_horizon, check_positions, check_tau_entries, is_batched
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Column, named_tensors
@@ -87,11 +87,11 @@ class MeanFieldSequential(nn.Module):
         self._plain = not learn_tau and checked_horizon == n and tau_init == "uniform"
         if tau_init == "random":
             self.draw_tau_()
-        self.register_load_state_dict_post_hook(_after_load)
+        cast(Any, self).register_load_state_dict_post_hook(_after_load)
         register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # copies and unpickled layers come this way, past __init__
+        cast(Any, super()).__setstate__(state)  # copies and unpickled layers come this way, past __init__
         self._sorted_at = ()
         register(self)
 
@@ -153,13 +153,13 @@ class MeanFieldSequential(nn.Module):
         if order is not None:
             tau = tau.clamp(min=0)[order]
         steps = torch.diff(tau, prepend=tau.new_zeros(1)).unbind()
-        for l, step in enumerate(steps):
-            x = self._run(euler_step, x, self[l if order is None else order[l]], step)
+        for i, step in enumerate(steps):
+            x = self._run(euler_step, x, self[i if order is None else order[i]], step)
         return x
 
     def _run(self, step_function: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(step_function, *args, use_reentrant=False))
+            return checkpoint(step_function, *args, use_reentrant=False)  # type: ignore[no-any-return, unused-ignore]
         return step_function(*args)
 
     def _execution_order(self) -> list[int] | None:
@@ -167,6 +167,7 @@ class MeanFieldSequential(nn.Module):
 
         The hook behind every optimizer step keeps the slots sorted, so training never waits for the device here. They
         can be out of order after tau was written by hand, in a model trained in ``eval()``, and in averaged copies.
+        Under ``vmap`` no value can be read, and the slots are taken to be sorted.
         """
         # An average's tau may cross while its places follow the model's, and averages are swapped in unseen.
         averaged = not self.training and lineage_of(self).averaged
@@ -220,12 +221,11 @@ def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
 
 def _read_order(layer: MeanFieldSequential) -> list[int] | None:
     positions = layer.tau_axis.read()
-    if positions.is_meta:
+    # (the compiler cannot trace the question whether a tensor is batched)
+    if positions.is_meta or (not torch.compiler.is_compiling() and is_batched(positions)):
         return None
-    tau = positions.clamp(min=0)
-    order = cast("list[int]", tau.argsort(stable=True).tolist())
-    if order == list(range(len(order))):
-        if not bool((positions < 0).any()):
-            layer._sorted_at = layer.tau_axis.version()
-            return None
+    order = cast("list[int]", positions.clamp(min=0).argsort(stable=True).tolist())
+    if order == list(range(len(order))) and not bool((positions < 0).any()):
+        layer._sorted_at = layer.tau_axis.version()
+        return None
     return order

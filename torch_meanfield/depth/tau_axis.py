@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class TauAxis(nn.Module):
                 return t.to(out.device, torch.float32)
             return out
 
-        return super()._apply(keep, recurse)  # type: ignore[no-any-return]
+        return cast(TauAxis, cast(Any, super())._apply(keep, recurse))
 
     def extra_repr(self) -> str:
         """Number of particles, and whether they move."""
@@ -147,3 +147,11 @@ def check_tau_entries(state_dict: Mapping[str, Any], prefix: str) -> None:
         value = state_dict.get(key)
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(whole(value).isfinite().all()):
             raise ValueError(f"state_dict[{key!r}] is not finite; the checkpoint is damaged, take an earlier one")
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether ``t`` stands for many tensors under ``torch.func.vmap``, so that it has no value to read."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(t):
+        t = functorch.get_unwrapped(t)
+    return functorch.is_batchedtensor(t)

@@ -83,11 +83,12 @@ def follow(copy: nn.Module, model: nn.Module) -> int:
     pairs = []
     for name, module in model.named_modules():
         if "_lineage" in module.__dict__:
-            if type(theirs.get(name)) is not type(module):
+            twin = theirs.get(name)
+            if twin is None or type(twin) is not type(module):
                 raise ValueError(
                     f"follow: copy has no {type(module).__name__} at {name!r}; it must have the structure of model"
                 )
-            pairs.append((theirs[name], module))
+            pairs.append((twin, module))
     if not pairs:
         raise ValueError("follow: model holds no population (no mean-field layer), so there is nothing to follow")
     for twin, module in pairs:
@@ -124,7 +125,8 @@ def _on_motion(motion: Motion) -> None:
     owner = motion.population.owner
     if owner is None or motion.cause in ("load", "follow"):
         return  # a load replaces values, it does not move particles: the copy has a checkpoint of its own
-    for follower in list(lineage_of(owner).followers):
+    lineage: Lineage | None = owner.__dict__.get("_lineage")
+    for follower in list(lineage.followers) if lineage is not None else []:
         copy = follower.module() if follower.module is not None else None
         if copy is not None and follower.following:
             transport_(motion.population.within(copy), motion.index, cause="follow", state=False)

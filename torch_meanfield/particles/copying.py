@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ def is_sharded(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """The detached value of ``tensor``, gathered from all ranks if it is sharded."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return cast(Tensor, cast(Any, tensor).full_tensor()) if is_sharded(tensor) else tensor
 
 
 def write_(tensor: Tensor, value: Tensor) -> None:
@@ -28,7 +29,8 @@ def write_(tensor: Tensor, value: Tensor) -> None:
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+        layout = cast(Any, tensor)
+        value = distribute_tensor(value.to(tensor.device), layout.device_mesh, layout.placements)
     tensor.copy_(value)
 
 

@@ -33,7 +33,7 @@ class Stack:
             if (t.shape, t.dtype, t.device) != (first.shape, first.dtype, first.device):
                 raise ValueError(
                     f"Stack: tensors[{i}] is {tuple(t.shape)} {t.dtype} on {t.device}, but tensors[0] is "
-                    f"{tuple(first.shape)} {first.dtype} on {first.device}; particles of one population own equal shapes"
+                    f"{tuple(first.shape)} {first.dtype} on {first.device}; all particles own equal shapes"
                 )
 
     @property
@@ -83,7 +83,8 @@ class Slice:
 
     def by_particle(self, tensor: Tensor) -> Tensor:
         """View a tensor laid out like ``self.tensor`` so that dimension ``dim + 1`` counts particles."""
-        return tensor.unflatten(self.dim, (self.outer, self.size, self.inner))
+        shape = tensor.shape
+        return tensor.view(*shape[: self.dim], self.outer, self.size, self.inner, *shape[self.dim + 1 :])
 
 
 Column = Stack | Slice
@@ -119,13 +120,15 @@ class Population:
             raise ValueError(f"{name}: columns is empty; a particle must own at least one tensor")
         seen: set[tuple[int, int]] = set()
         for i, column in enumerate(self.columns):
-            for t, dim in [(t, -1) for t in column.tensors] if isinstance(column, Stack) else [(column.tensor, column.dim)]:
-                if (id(t), dim) in seen:
-                    raise ValueError(
-                        f"{name}: column {i} holds a tensor of shape {tuple(t.shape)} that another particle or column "
-                        f"holds already; it would move twice"
-                    )
-                seen.add((id(t), dim))
+            tensors = column.tensors if isinstance(column, Stack) else (column.tensor,)
+            dim = 0 if isinstance(column, Stack) else column.dim  # tied weights may hold particles along two dimensions
+            held = {(id(t), dim) for t in tensors}
+            if held & seen or len(held) < len(tensors):
+                raise ValueError(
+                    f"{name}: column {i} holds a tensor that another particle or column holds already, and that would "
+                    f"move twice"
+                )
+            seen |= held
             if column.size != self.size:
                 raise ValueError(
                     f"{name}: column {i} holds {column.size} particles, but column 0 holds {self.size}; every column "

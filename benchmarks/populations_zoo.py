@@ -1,0 +1,159 @@
+"""Populations of the smallest model of each timm model file: one row of ``results/populations_zoo.csv`` for each.
+
+    python benchmarks/populations_zoo.py                     # what the table lacks
+    python benchmarks/populations_zoo.py --only beit resnet  # these files again
+
+Each model runs in a child process on one core with a time limit. ``seconds`` is the processor time of
+``find_populations`` on the smallest input that the model takes, proof included; constructing the model is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "populations_zoo.csv"
+FIELDS = ("file", "model", "input", "populations", "units", "patterns", "refused", "reasons", "seconds")
+SIZES = (32, 64, 96, 112, 128, 160, 192, 224, 256)
+
+
+def smallest_models() -> dict[str, str]:
+    """For each timm model file the model with the fewest parameters, counted on the meta device."""
+    import timm
+    import torch
+    from timm.models import list_modules  # noqa: F401  (loads the registry)
+    from timm.models._registry import _module_to_models
+
+    smallest = {}
+    for file, names in sorted(_module_to_models.items()):
+        counts = {}
+        for name in sorted(names):
+            with torch.device("meta"):
+                counts[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+        smallest[file] = min(counts, key=lambda n: counts[n])
+    return smallest
+
+
+def on_smallest_input(name: str) -> tuple[Any, Any]:
+    """The model, made for the smallest square input it takes, and such an input."""
+    import timm
+    import torch
+
+    default = timm.create_model(name).eval()
+    channels, height, width = default.default_cfg["input_size"]
+    for size in sorted({*(s for s in SIZES if s < height)}):
+        for arguments in ({"img_size": size}, {}):
+            try:
+                model = timm.create_model(name, **arguments).eval() if arguments else default
+                example = torch.randn(1, channels, size, size)
+                with torch.no_grad():
+                    model(example)
+                return model, example
+            except Exception:
+                continue
+    return default, torch.randn(1, channels, height, width)
+
+
+def pattern(population: Any, names: dict[int, str]) -> str:
+    """A short word for what kind of units these are."""
+    columns = population.slices(population.columns)
+    incoming, outgoing, own = population.incoming, population.outgoing, population.own
+    if any(c.inner > 1 for c in columns):
+        blocks = [c for c in own if c.tensor.ndim > 2 and c.inner > 1]
+        return "groups" if blocks else "heads"
+    if any(c.outer > 1 for c in columns):
+        return "packed"
+    if any(c.tensor.ndim > 2 and c.tensor.shape[1] == 1 for c in own):
+        return "depthwise"
+    if len([c for c in incoming if c.tensor.ndim > 1]) > 1:
+        return "gated" if all(c.tensor.ndim == 2 for c in incoming if c.tensor.ndim > 1) else "joined"
+    if any(c.tensor.ndim > 2 for c in (*incoming, *outgoing)):
+        return "conv"
+    return "mlp"
+
+
+def examine(name: str) -> dict[str, Any]:
+    """One row, without the file."""
+    import torch
+
+    from torch_meanfield.width.discover import find_populations
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, example = on_smallest_input(name)
+    start = time.process_time()
+    report = find_populations(model, example)
+    seconds = time.process_time() - start
+    names = {id(t): n for n, t in model.named_parameters()}
+    patterns = collections.Counter(pattern(p, names) for p in report.populations)
+    reasons = collections.Counter(r.reason.split(" by ")[0] for r in report.refused)
+    return {
+        "model": name,
+        "input": "x".join(map(str, example.shape[1:])),
+        "populations": len(report.populations),
+        "units": sum(p.size for p in report.populations),
+        "patterns": "; ".join(f"{n} {k}" for k, n in patterns.most_common()),
+        "refused": len(report.refused),
+        "reasons": "; ".join(f"{n} {k}" for k, n in reasons.most_common()),
+        "seconds": f"{seconds:.1f}",
+    }
+
+
+def in_child(name: str, limit: float) -> dict[str, Any]:
+    """:func:`examine` in a process of its own; a crash or time-out becomes a row with the reason."""
+    command = [sys.executable, __file__, "--model", name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"model": name, "populations": 0, "reasons": f"took longer than {limit:.0f} s", "seconds": limit}
+    if done.returncode:
+        error = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"model": name, "populations": 0, "reasons": f"failed: {error[:200]}", "seconds": ""}
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def main() -> None:
+    """Fill the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", metavar="FILE", help="these timm model files, even if they have a row")
+    parser.add_argument("--failed", action="store_true", help="again those without a population")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one model, construction included")
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if options.model:
+        print(json.dumps(examine(options.model)))
+        return
+    rows: dict[str, dict[str, Any]] = {}
+    if RESULTS.exists():
+        with RESULTS.open() as stream:
+            rows = {row["file"]: row for row in csv.DictReader(stream)}
+    models = {f: r["model"] for f, r in rows.items()} if len(rows) >= 90 else smallest_models()
+    for file, name in models.items():
+        wanted = file in options.only if options.only else file not in rows
+        if not wanted and not (options.failed and not int(rows.get(file, {}).get("populations") or 0)):
+            continue
+        rows[file] = {"file": file, **in_child(name, options.limit)}
+        print(*(f"{k}={v}" for k, v in rows[file].items()), flush=True)
+        with RESULTS.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows[f] for f in sorted(rows))
+    proven = sum(int(r["populations"] or 0) > 0 for r in rows.values())
+    slow = [f for f, r in rows.items() if r["seconds"] and float(r["seconds"]) > 5]
+    print(f"{proven} of {len(rows)} model files with a proven population; {len(slow)} took more than 5 s: {slow}")
+
+
+if __name__ == "__main__":
+    main()
