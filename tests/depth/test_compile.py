@@ -43,6 +43,7 @@ def test_one_compilation_over_fifty_re_sorts():
         torch.testing.assert_close(v, w, msg=k)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # inductor's, about its own caches
 def test_the_compiler_that_users_have_gives_the_same_numbers():
     model = _model()
     eager = copy.deepcopy(model)

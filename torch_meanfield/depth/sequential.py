@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_meanfield.depth.euler import euler_step
 from torch_meanfield.depth.exchangeable import check_exchangeable
 from torch_meanfield.depth.resort import register, sort_
-from torch_meanfield.depth.tau_axis import TauAxis, check_horizon, check_positions, check_tau_entries, is_batched
+from torch_meanfield.depth.tau_axis import TauAxis, check_horizon, check_positions, check_tau_entries, plain_value
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Column, named_tensors
@@ -220,9 +220,8 @@ def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
 
 
 def _read_order(layer: MeanFieldSequential) -> list[int] | None:
-    positions = layer.tau_axis.read()
-    # (the compiler cannot trace the question whether a tensor is batched)
-    if positions.is_meta or (not torch.compiler.is_compiling() and is_batched(positions)):
+    positions = plain_value(layer.tau_axis.read())
+    if positions is None:
         return None
     order = cast("list[int]", positions.clamp(min=0).argsort(stable=True).tolist())
     if order == list(range(len(order))) and not bool((positions < 0).any()):

@@ -149,9 +149,11 @@ def check_tau_entries(state_dict: Mapping[str, Any], prefix: str) -> None:
             raise ValueError(f"state_dict[{key!r}] is not finite; the checkpoint is damaged, take an earlier one")
 
 
-def is_batched(t: Tensor) -> bool:
-    """Whether ``t`` stands for many tensors under ``torch.func.vmap``, so that it has no value to read."""
+def plain_value(t: Tensor) -> Tensor | None:
+    """``t`` as a tensor whose values can be read, or ``None`` where it has none (on meta, under ``vmap``)."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace these questions
+        return t
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(t):
         t = functorch.get_unwrapped(t)
-    return functorch.is_batchedtensor(t)
+    return None if t.is_meta or functorch.is_batchedtensor(t) else t
