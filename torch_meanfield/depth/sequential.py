@@ -223,7 +223,8 @@ def _read_order(layer: MeanFieldSequential) -> list[int] | None:
     positions = plain_value(layer.tau_axis.read())
     if positions is None:
         return None
-    order = cast("list[int]", positions.clamp(min=0).argsort(stable=True).tolist())
+    # item by item: tolist() fails inside the function transforms of torch 2.6
+    order = [int(i) for i in positions.clamp(min=0).argsort(stable=True).cpu()]
     if order == list(range(len(order))) and not bool((positions < 0).any()):
         layer._sorted_at = layer.tau_axis.version()
         return None
