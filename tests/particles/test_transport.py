@@ -2,21 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
-from torch_meanfield import Population, Slice, Stack, subscribe, transport_
-from torch_meanfield.particles.optimizer_state import known_optimizers
-
-
-def _network(n=5):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, n), nn.BatchNorm1d(n), nn.ReLU(), nn.Linear(n, 2))
-
-
-def _neurons(net):
-    columns = [Slice(net[0].weight), Slice(net[0].bias), Slice(net[3].weight, 1)]
-    columns += [Slice(t) for t in (net[1].weight, net[1].bias, net[1].running_mean, net[1].running_var)]
-    return Population(columns, owner=net, name="hidden")
+from tests.particles.networks import network, neurons
+from torch_meanfield import Population, Slice, Stack, transport_
 
 
 @pytest.mark.parametrize("index", [[4, 3, 2, 1, 0], [0, 0, 0, 3, 3], [1, 2, 3, 4, 0], [2, 2, 2, 2, 2]])
@@ -48,16 +36,16 @@ def test_slices_and_stacks_move_like_lists(index, layout):
 
 
 def test_a_permutation_changes_nothing_in_the_function_and_its_inverse_undoes_it():
-    net = _network().double().eval()
+    net = network().double().eval()
     with torch.no_grad():
         net[1].running_mean.normal_(), net[1].running_var.uniform_(0.5, 2), net[1].weight.normal_()
     x = torch.randn(7, 3, dtype=torch.float64)
     before, state = net(x), {k: v.clone() for k, v in net.state_dict().items()}
     index = torch.tensor([3, 0, 4, 2, 1])
-    transport_(_neurons(net), index)
+    transport_(neurons(net), index)
     assert not torch.equal(net[0].weight, state["0.weight"])
     torch.testing.assert_close(net(x), before, rtol=0, atol=1e-13)
-    transport_(_neurons(net), index.argsort())
+    transport_(neurons(net), index.argsort())
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
@@ -74,7 +62,7 @@ def test_training_goes_on_as_if_nothing_had_moved(make):
     """Two runs, one with its neurons permuted half-way: the same losses, to rounding."""
     losses = []
     for index in ([0, 1, 2, 3, 4], [3, 0, 4, 2, 1]):
-        net = _network().double()
+        net = network().double()
         optimizer = make(net.parameters())
         batches = torch.randn(8, 16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         losses.append([])
@@ -83,51 +71,12 @@ def test_training_goes_on_as_if_nothing_had_moved(make):
             loss = net(x).square().mean()
             loss.backward()
             if t == 3:  # between backward and step: gradients must move as well
-                transport_(_neurons(net), index)
+                transport_(neurons(net), index)
             optimizer.step()
             if t == 5:
-                transport_(_neurons(net), index)
+                transport_(neurons(net), index)
             losses[-1].append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-
-
-def test_stacked_state_moves_whole_and_absent_state_stays_absent():
-    blocks = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3))
-    optimizer = torch.optim.Adam(blocks.parameters())
-    blocks[0].weight.grad = torch.ones(2, 2)
-    optimizer.step()
-    blocks[0].weight.grad = torch.ones(2, 2)
-    blocks[1].weight.grad = torch.ones(2, 2)
-    optimizer.step()  # particle 0 has two steps behind it, particle 1 one, particle 2 none
-    blocks[2].weight.requires_grad_(False)
-    weights = [b.weight for b in blocks]
-    storages = [optimizer.state[w]["exp_avg"].data_ptr() for w in weights[:2]]
-    transport_(Population([Stack(weights)]), [1, 0, 2])
-    assert [float(optimizer.state[w]["step"]) for w in weights[:2]] == [1, 2]
-    assert [optimizer.state[w]["exp_avg"].data_ptr() for w in weights[:2]] == storages
-    transport_(Population([Stack(weights)]), [2, 0, 1])
-    assert weights[0] not in optimizer.state
-    assert [float(optimizer.state[w]["step"]) for w in weights[1:]] == [1, 2]
-    assert [w.requires_grad for w in weights] == [False, True, True]
-    assert weights[0].grad is None and weights[2].grad is not None
-    optimizer.step()  # the lazy initialisation still works on what was left without state
-
-
-def test_state_that_cannot_be_divided_is_refused_before_anything_moves():
-    net = _network()
-    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=2)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = net(torch.ones(4, 3)).square().mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(TypeError, match="LBFGS keeps .*cannot be divided among the particles; use an optimizer"):
-        transport_(_neurons(net), [1, 0, 2, 3, 4])
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -140,36 +89,6 @@ def test_state_that_cannot_be_divided_is_refused_before_anything_moves():
     ],
 )
 def test_bad_indices_are_named(index, match):
-    net = _network()
+    net = network()
     with pytest.raises(ValueError, match=f"hidden: index must .*{match}"):
-        transport_(_neurons(net), index)
-
-
-def test_motions_are_published_to_those_who_asked():
-    net, other = _network(), _network()
-    seen, of_other = [], []
-    with subscribe(seen.append), subscribe(of_other.append, model=nn.Sequential(other)):
-        transport_(_neurons(net), [0, 1, 2, 3, 4])  # moves nothing
-        transport_(_neurons(net), [1, 0, 2, 3, 4], cause="test")
-        transport_(_neurons(other), [1, 0, 2, 3, 4])
-    transport_(_neurons(net), [1, 0, 2, 3, 4])  # after the handles are gone
-    assert [(m.population.owner is net, m.index.tolist(), m.cause) for m in seen] == [
-        (True, [1, 0, 2, 3, 4], "test"),
-        (False, [1, 0, 2, 3, 4], "transport"),
-    ]
-    assert [m.population.owner for m in of_other] == [other]
-    with pytest.raises(TypeError, match="callback must be callable"):
-        subscribe(3)
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
-        subscribe(print, model=3)
-
-
-def test_an_optimizer_that_shares_its_state_counts_once():
-    net = _network()
-    inner = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    wrapper = torch.optim.SGD(net.parameters(), lr=0.1)
-    wrapper.state = inner.state
-    for optimizer in (inner, wrapper):
-        net(torch.ones(2, 3)).sum().backward()
-        optimizer.step()
-    assert sum(o.state is inner.state for o in known_optimizers()) == 1
+        transport_(neurons(net), index)
