@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_meanfield import MeanFieldSequential, subscribe
+from torch_meanfield import MeanFieldSequential, set_automatic_resort, subscribe
 
 
 def _branch(chans=4, opaque=False):
@@ -233,3 +233,21 @@ def test_nothing_warns_in_ordinary_use():
         layer = _layer()
         layer(torch.randn(2, 4, 5, 5)).sum().backward()
         torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+def test_positions_are_not_written_when_optimizer_state_could_not_follow():
+    layer = _layer(3)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = layer(torch.ones(2, 4, 5, 5)).square().mean()
+        loss.backward()
+        return loss
+
+    set_automatic_resort(layer, False)
+    optimizer.step(closure)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(TypeError, match="LBFGS keeps"):
+        layer.set_tau_([3.0, 2.0, 1.0])
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())

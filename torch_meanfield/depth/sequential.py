@@ -16,6 +16,7 @@ from torch_meanfield.depth.tau_axis import TauAxis, check_horizon, check_positio
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Column, named_tensors
+from torch_meanfield.particles.transport import check_transportable
 
 
 class MeanFieldSequential(nn.Module):
@@ -118,9 +119,11 @@ class MeanFieldSequential(nn.Module):
             values: n finite positions (times); those below 0 are projected to 0, equal ones keep their order.
 
         Raises:
-            ValueError: not n values, or a value that is not finite. Nothing has changed then.
+            ValueError: not n values, or a value that is not finite.
+            TypeError: an optimizer keeps state that cannot be divided among the branches. Nothing has changed then.
         """
         tau = check_positions(values, self.tau_axis)
+        check_transportable(self.population())
         self.tau_axis.place_(tau)
         self._plain = False
         sort_(self, cause="set_tau")

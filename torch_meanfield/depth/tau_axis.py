@@ -96,13 +96,14 @@ class TauAxis(nn.Module):
             self.exact_offset = whole(self.offset).clone()
 
     def version(self) -> tuple[int, ...]:
-        """Changes whenever the positions are written in place, without reading them."""
-        return tuple(
-            v
-            for t in (self.anchor, self.offset)
-            if t is not None
-            for v in (id(t), -1 if t.is_inference() else t._version)
-        )
+        """Changes whenever the positions are replaced or learned, without reading them.
+
+        The count of in-place writes of ``anchor`` is left out: data parallel training broadcasts every buffer at each
+        forward pass, which would look like a change. Only :meth:`place_`, loading and motions write it.
+        """
+        if self.offset is None:
+            return (id(self.anchor),)
+        return id(self.anchor), id(self.offset), -1 if self.offset.is_inference() else self.offset._version
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TauAxis:
         def keep(t: Tensor) -> Tensor:

@@ -14,6 +14,18 @@ from torch_meanfield.particles.optimizer_state import check_state, known_optimiz
 from torch_meanfield.particles.population import Population, Stack, check_index
 
 
+def check_transportable(population: Population, optimizers: Iterable[Optimizer] = ()) -> list[Optimizer]:
+    """The optimizers whose state moves with ``population``, or the ``TypeError`` that :func:`transport_` would raise.
+
+    For motions that write something first and must know beforehand that they can be completed.
+    """
+    known = known_optimizers(optimizers)
+    for optimizer in known:
+        for column in population.columns:
+            check_state(optimizer, column, population.name)
+    return known
+
+
 @torch.no_grad()
 def transport_(
     population: Population,
@@ -48,11 +60,7 @@ def transport_(
     index = check_index(index, n, population.name)
     if index.device.type == "cpu" and torch.equal(index, torch.arange(n)):
         return None
-    known = known_optimizers(optimizers) if state else []
-    for optimizer in known:
-        for column in population.columns:
-            check_state(optimizer, column, population.name)
-
+    known = check_transportable(population, optimizers) if state else []
     # Whole tensors are moved one by one, so their sources must be known on the host; slices stay on their device.
     stacked = any(isinstance(c, Stack) for c in population.columns)
     sources: list[int] = index.tolist() if stacked else []
