@@ -45,13 +45,12 @@ def table(runs: list[dict[str, Any]], args: argparse.Namespace) -> str:
     lines = [
         f"ResNet-{args.depth} on {args.label}, test error in % after each epoch (compare only within this table).",
         "",
-        "| network | seed | " + " | ".join(f"epoch {e}" for e in epochs) + " | re-sorts | seconds |",
-        "| --- | --- | " + "--- | " * (len(epochs) + 2),
+        "| network | seed | " + " | ".join(f"epoch {e}" for e in epochs) + " | re-sorts |",
+        "| --- | --- | " + "--- | " * (len(epochs) + 1),
     ]
     for run in runs:
         errors = " | ".join(f"{e['val_error']:.2f}" for e in run["epochs"])
-        resorts = run.get("resorts", "-" if run["twin"] == "vanilla" else "not recorded")
-        lines.append(f"| {run['twin']} | {run['seed']} | {errors} | {resorts} | {run['seconds']:.0f} |")
+        lines.append(f"| {run['twin']} | {run['seed']} | {errors} | {run['resorts']} |")
     for twin in TWINS:
         last = [r["epochs"][-1]["val_error"] for r in runs if r["twin"] == twin]
         lines.append(f"\n{twin}: {statistics.mean(last):.2f} % in the mean of {len(last)} seeds after the last epoch.")

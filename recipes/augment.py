@@ -47,6 +47,6 @@ def pad_crop_mirror(images: Tensor, padding: int, mirror: bool, generator: torch
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``uint8`` images ``(N, C, H, W)`` as float32, less the channel ``mean`` and over ``std``, both of pixels in 0..1."""
+    """``uint8`` images ``(N, C, H, W)`` as float32, less the channel ``mean`` over ``std``, both of pixels in 0..1."""
     scale = (1.0 / (255.0 * std)).view(-1, 1, 1)
     return images.to(torch.float32).mul_(scale).sub_((mean / std).view(-1, 1, 1))

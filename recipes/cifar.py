@@ -20,17 +20,20 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.cli import run  # noqa: E402
-from recipes.data import ImageData  # noqa: E402
-from recipes.errors import BadInput, leave  # noqa: E402
-from recipes.quiet import quieten  # noqa: E402
-from recipes.task import ImageTask  # noqa: E402
+from recipes.cli import RecipeCLI, run, spelled_out
+from recipes.data import ImageData
+from recipes.errors import BadInput, leave
+from recipes.quiet import quieten
+from recipes.task import ImageTask
 
-def main() -> None:
+
+def main() -> RecipeCLI:
+    """Carry out ``sys.argv``; bad input ends the process with one line and exit code 2."""
     quieten()
-    arguments, sys.argv = sys.argv[1:], sys.argv[:1]  # LightningCLI warns when it is given arguments and sees others
+    # In place: Lightning starts the other processes of a multi-device run with sys.argv.
+    sys.argv[1:] = spelled_out(sys.argv[1:])
     try:
-        run(ImageTask, ImageData, arguments)
+        return run(ImageTask, ImageData)
     except BadInput as error:
         leave("cifar.py", error)
 

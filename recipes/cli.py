@@ -17,7 +17,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.errors import BadInput
+from recipes.folder import Folder
 from recipes.record import provenance, read_epochs
+from torch_meanfield.lightning import MeanFieldMonitor
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 DEFAULT_CONFIG = {"digits": "digits.yaml", "fashion-mnist": "resnet20-fashion-mnist.yaml"}
@@ -28,7 +30,7 @@ def spelled_out(args: Sequence[str]) -> list[str]:
     """The arguments with ``--data NAME`` as ``--data.name NAME``, and the configuration for NAME if none is given.
 
     The name stands for the data module's own argument; a path to a YAML file keeps jsonargparse's meaning, the
-    configuration of the whole group.
+    configuration of the whole group. Spelling out twice changes nothing.
     """
     out: list[str] = []
     data, given, words = "digits", False, iter(args)
@@ -127,6 +129,9 @@ class RecipeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._begun = time.perf_counter()
+        # The trainer makes the folders of its loggers before it sets up the data: read what needs no download now.
+        if isinstance(self.datamodule.source, Folder):
+            self.datamodule.open()
 
     def after_fit(self) -> None:
         """Write ``run.json`` beside the logs: what was trained on what by which versions, and the curves."""
@@ -140,6 +145,8 @@ class RecipeCLI(LightningCLI):
             "seed": self._get(self.config, "seed_everything"),
             "model": self._get(self.config, "model").as_dict(),
             "optimizer_steps": self.trainer.global_step,
+            # null: nobody counted (no monitor among the callbacks)
+            "resorts": next((c.resorts for c in self.trainer.callbacks if isinstance(c, MeanFieldMonitor)), None),
             "seconds": round(seconds, 1),
             **provenance(self.trainer.strategy.root_device),
             "epochs": read_epochs(metrics) if metrics.exists() else [],
@@ -147,18 +154,21 @@ class RecipeCLI(LightningCLI):
         (metrics.parent / "run.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def run(model_class: type, data_class: type, args: Sequence[str]) -> RecipeCLI:
-    """Parse ``args`` and carry out their subcommand.
+def run(model_class: type, data_class: type) -> RecipeCLI:
+    """Parse ``sys.argv`` (spelled out) and carry out its subcommand.
 
     Raises:
         BadInput: wrong arguments, files or folders.
     """
-    each = {"exit_on_error": False}
+    each = {
+        "exit_on_error": False,
+        "description": "--data NAME stands for --data.name NAME: digits, fashion-mnist, cifar10, cifar100 or folder:P.",
+    }
     return RecipeCLI(
         model_class,
         data_class,
-        args=spelled_out(args),
         seed_everything_default=0,
         parser_kwargs={**each, **{name: dict(each) for name in RecipeCLI.subcommands()}},
         auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # the configuration is in config.yaml, not in the checkpoint
     )

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from recipes.augment import crop_padding, normalise, pad_crop_mirror
 from recipes.errors import BadInput
 from recipes.folder import Folder
-from recipes.sources import Images, Split, open_source
+from recipes.sources import Images, open_source
 
 Batch = tuple[Tensor, Tensor]
 
@@ -130,6 +130,7 @@ class ImageData(LightningDataModule):
         self.memory_limit = memory_limit_gib * 2**30
         self.workers = workers
         self._generator = torch.Generator()
+        self._seeded = False
         self._data: dict[str, Dataset[Any]] = {}
 
     def prepare_data(self) -> None:
@@ -141,14 +142,21 @@ class ImageData(LightningDataModule):
         return isinstance(self.source, Folder) and self.source.nbytes() > self.memory_limit
 
     def setup(self, stage: str) -> None:
+        self.open()
+        if not self._seeded:
+            # A checkpoint's state, if there is one, comes after this.
+            self._generator.manual_seed(torch.initial_seed())
+            self._leave_rank_zero()
+            self._seeded = True
+
+    def open(self) -> None:
+        """Decode the images, or get ready to stream them; once.
+
+        Raises:
+            BadInput: an image that cannot be read or does not fit the others.
+        """
         if self._data:
             return
-        self._open()
-        # A checkpoint's state, if there is one, comes after this.
-        self._generator.manual_seed(torch.initial_seed())
-        self._leave_rank_zero()
-
-    def _open(self) -> None:
         self._stream = self.streamed
         if self._stream:
             assert isinstance(self.source, Folder)

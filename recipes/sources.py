@@ -99,8 +99,8 @@ class Torchvision(Source):
         # URLError and a refused connection are OSErrors; torchvision reports a bad checksum as a RuntimeError.
         except (OSError, RuntimeError, EOFError) as error:
             raise BadInput(
-                f"--data {self.name}: the data set could neither be read from {self.root} nor downloaded to it ({error}); "
-                f"put its files there, or pass --data digits, which needs no download"
+                f"--data {self.name}: it could neither be read from {self.root} nor downloaded to it ({error}); put "
+                f"its files there, or pass --data digits, which needs no download"
             ) from error
 
     def download(self) -> None:

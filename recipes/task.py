@@ -112,7 +112,7 @@ class ImageTask(LightningModule):
         optimizer = torch.optim.SGD(param_groups(self.net, **self.groups), momentum=self.momentum)
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
-            raise BadInput("the learning rate falls at 50 % and 75 % of the training: give it an end, --trainer.max_epochs")
+            raise BadInput("the learning rate falls at 50 % and 75 % of the training: end it, --trainer.max_epochs")
         # In steps, so that a schedule of 5 epochs has the same shape as one of 160: the drops may fall inside an epoch.
         milestones = [max(1, round(total * share)) for share in (0.5, 0.75)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)

@@ -20,19 +20,22 @@ class MeanFieldMonitor(Callback):
 
     To every logger of the trainer, each ``every_n_steps`` optimizer steps:
 
-    - ``tau/LAYER/SLOT`` and ``step/LAYER/SLOT``: position and step size by slot, that is in the order of tau;
+    - ``tau/LAYER/L`` and ``step/LAYER/L``: position and step size of the particle that is L-th in time;
     - ``resorts/LAYER``: re-sorts since the start, and ``resorts/total`` for all layers.
 
-    At the end of `fit`, ``tau.png`` (see :func:`.plot_tau`) is written to the log directory, if matplotlib is
-    installed. Trajectories and counts are part of the checkpoint: a resumed run continues them.
+    At the end of `fit`, ``tau.png`` (see :func:`.plot_tau`) is written to the log directory (without a logger: the
+    trainer's root directory), if matplotlib is installed. Trajectories and counts are part of the checkpoint: a resumed
+    run continues them.
 
-    The positions are read from the device only on the steps that are recorded, and never when there is neither a
-    logger nor a plot to make. A model without learnable tau (the vanilla twin) is left alone.
+    The positions are read from the device only on the steps that are recorded, and on none when there is no logger, no
+    plot to make, and nothing to ``keep``; re-sorts are counted even then. A model without learnable tau (the vanilla
+    twin) is left alone.
 
     Args:
         every_n_steps: optimizer steps between two records.
         plot: whether to write ``tau.png``.
         title: of the plot; ``None`` for none.
+        keep: whether to record ``trajectories`` for your own use, without logger and plot too.
 
     Attributes:
         trajectories: by layer name, what was recorded.
@@ -44,10 +47,12 @@ class MeanFieldMonitor(Callback):
         >>> trainer = Trainer(callbacks=[MeanFieldMonitor(every_n_steps=50)])  # doctest: +SKIP
     """
 
-    def __init__(self, every_n_steps: int = 50, plot: bool = True, title: str | None = None) -> None:
+    def __init__(
+        self, every_n_steps: int = 50, plot: bool = True, title: str | None = None, keep: bool = False
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps!r}")
-        self.every_n_steps, self.plot, self.title = every_n_steps, plot, title
+        self.every_n_steps, self.plot, self.title, self.keep = every_n_steps, plot, title, keep
         self.trajectories: dict[str, Trajectory] = {}
         self._layers: dict[str, MeanFieldSequential] = {}
         self._handle: RemovableHandle | None = None
@@ -85,18 +90,21 @@ class MeanFieldMonitor(Callback):
             self._record(trainer)
 
     def _record(self, trainer: Trainer) -> None:
-        if not (trainer.loggers or self.plot):
+        if not (trainer.loggers or self.plot or self.keep):
             return
-        step, values = trainer.global_step, {}
+        step = trainer.global_step
+        values: dict[str, float] = {}
         for name, layer in self._layers.items():
             trajectory = self.trajectories[name]
             if trajectory.steps and trajectory.steps[-1] >= step:
                 return
-            tau = layer.tau.detach().cpu()
-            trajectory.record(step, tau)
+            # By slot: with automatic re-sorting off, that is not the order of tau, which `layer.tau` has.
+            by_slot = layer.tau_axis.read().clamp(min=0).cpu()
+            trajectory.record(step, by_slot)
             if trainer.loggers:
+                tau = by_slot.sort().values
                 values |= {f"tau/{name}/{i}": t for i, t in enumerate(tau.tolist())}
-                values |= {f"step/{name}/{i}": s for i, s in enumerate(layer.steps().tolist())}
+                values |= {f"step/{name}/{i}": s for i, s in enumerate(tau.diff(prepend=tau.new_zeros(1)).tolist())}
                 values[f"resorts/{name}"] = float(len(trajectory.resorts))
         if values:
             values["resorts/total"] = float(self.resorts)
@@ -112,7 +120,7 @@ class MeanFieldMonitor(Callback):
         """Record the last step and draw."""
         self._record(trainer)
         folder = trainer.log_dir
-        drawn = self.plot and self.trajectories and trainer.is_global_zero and not trainer.fast_dev_run
+        drawn = self.plot and self.trajectories and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", 0)
         if drawn and folder is not None and importlib.util.find_spec("matplotlib"):
             figure = plot_tau(self.trajectories, title=self.title)
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,8 @@ def plot_tau(
             ax.plot(trajectory.steps, curve, color=colour, linewidth=1.5)
         # In axis units from the foot, so that the ticks are there at any scale of tau.
         ax.vlines(resorts, 0, 0.035, transform=ax.get_xaxis_transform(), color="crimson", linewidth=0.9)
-        ax.set_title(f"{name}: {n} particle{'s' * (n != 1)}, {len(resorts)} re-sort{'s' * (len(resorts) != 1)}", size=10)
+        counts = f"{n} particle{'s' * (n != 1)}, {len(resorts)} re-sort{'s' * (len(resorts) != 1)}"
+        ax.set_title(f"{name}: {counts}", fontsize=10)
         ax.set_xlabel("optimizer step")
         ax.set_ylim(bottom=0)
         ax.margins(x=0)
