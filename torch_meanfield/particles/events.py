@@ -20,8 +20,8 @@ class Motion:
         population: which particles moved; ``population.owner`` is the module that holds them.
         index: int64 tensor of shape ``(n,)``; place i now holds what place ``index[i]`` held before.
         cause: ``"resort"`` (after an optimizer step, or by hand), ``"set_tau"``, ``"load"`` (a checkpoint whose tau
-            was not sorted), ``"birth_death"``, ``"follow"`` (an averaged copy moved with its source), or what the caller
-            of ``transport_`` named.
+            was not sorted), ``"birth_death"``, ``"follow"`` (an averaged copy moved with its source), or what
+            the caller of ``transport_`` named.
     """
 
     population: Population
