@@ -13,6 +13,10 @@ from torch_meanfield.particles import Stack as Stack
 from torch_meanfield.particles import follow as follow
 from torch_meanfield.particles import subscribe as subscribe
 from torch_meanfield.particles import transport_ as transport_
+from torch_meanfield.width import BirthDeathOptimizer as BirthDeathOptimizer
+from torch_meanfield.width import Neurons as Neurons
+from torch_meanfield.width import find_populations as find_populations
+from torch_meanfield.width import verify as verify
 
 __version__ = "0.1.0"
 

@@ -5,6 +5,7 @@ import torch
 
 from tests.particles.networks import network, neurons
 from torch_meanfield import Population, Slice, Stack, transport_
+from torch_meanfield.particles.copying import move_slice_
 
 
 @pytest.mark.parametrize("index", [[4, 3, 2, 1, 0], [0, 0, 0, 3, 3], [1, 2, 3, 4, 0], [2, 2, 2, 2, 2]])
@@ -92,3 +93,14 @@ def test_bad_indices_are_named(index, match):
     net = network()
     with pytest.raises(ValueError, match=f"hidden: index must .*{match}"):
         transport_(neurons(net), index)
+
+
+@pytest.mark.parametrize("index", [[4, 3, 2, 1, 0], [0, 0, 2, 3, 0], [1, 2, 3, 4, 0]])
+def test_moving_only_the_places_that_change_is_moving_all(index):
+    index = torch.tensor(index)
+    places = (index != torch.arange(5)).nonzero().squeeze(1)
+    whole = torch.randn(2, 30)
+    part = whole.clone()
+    move_slice_(Slice(whole, 1, outer=2, inner=3), index)  # as with an index that stays on its device
+    move_slice_(Slice(part, 1, outer=2, inner=3), index, places)
+    assert torch.equal(whole, part)

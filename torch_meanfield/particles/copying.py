@@ -34,15 +34,21 @@ def write_(tensor: Tensor, value: Tensor) -> None:
     tensor.copy_(value)
 
 
-def move_slice_(column: Slice, index: Tensor) -> None:
-    """``new[i] = old[index[i]]`` along one dimension of one tensor."""
+def move_slice_(column: Slice, index: Tensor, places: Tensor | None = None) -> None:
+    """``new[i] = old[index[i]]`` along one dimension of one tensor.
+
+    ``places`` are those i for which ``index[i]`` is another place, if they are known; only they are touched then.
+    """
     # A sharded dimension cannot be indexed in place, so a sharded tensor is gathered and written back.
-    view = column.by_particle(whole(column.tensor))
-    new = view.index_select(column.dim + 1, index.to(view.device))
-    if is_sharded(column.tensor):
-        write_(column.tensor, new.flatten(column.dim, column.dim + 2))
+    view, dim = column.by_particle(whole(column.tensor)), column.dim + 1
+    index = index.to(view.device)
+    if places is None:
+        view.copy_(view.index_select(dim, index))
     else:
-        view.copy_(new)
+        places = places.to(view.device)
+        view.index_copy_(dim, places, view.index_select(dim, index[places]))
+    if is_sharded(column.tensor):
+        write_(column.tensor, view.flatten(column.dim, column.dim + 2))
 
 
 def move_stack_(tensors: Sequence[Tensor], sources: Sequence[int]) -> None:
@@ -53,14 +59,16 @@ def move_stack_(tensors: Sequence[Tensor], sources: Sequence[int]) -> None:
         tensors[i].detach().copy_(old[sources[i]])
 
 
-def move_gradients_(column: Stack | Slice, index: Tensor, sources: Sequence[int]) -> None:
+def move_gradients_(
+    column: Stack | Slice, index: Tensor, sources: Sequence[int], places: Tensor | None = None
+) -> None:
     """Gradients and ``requires_grad`` go with their particle.
 
     Another optimizer may still have to step on these gradients, and a frozen block stays frozen where it goes.
     """
     if isinstance(column, Slice):
         if column.tensor.grad is not None:
-            move_slice_(Slice(column.tensor.grad, column.dim, column.outer, column.inner), index)
+            move_slice_(Slice(column.tensor.grad, column.dim, column.outer, column.inner), index, places)
         return
     moved = _moved(sources)
     old = {}

@@ -65,13 +65,15 @@ def check_state(optimizer: Optimizer, column: Column, name: str) -> None:
             )
 
 
-def move_state_(optimizer: Optimizer, column: Column, index: Tensor, sources: Sequence[int]) -> None:
+def move_state_(
+    optimizer: Optimizer, column: Column, index: Tensor, sources: Sequence[int], places: Tensor | None = None
+) -> None:
     """Apply ``new[i] = old[index[i]]`` to what ``optimizer`` keeps for ``column`` (checked by :func:`check_state`)."""
     if isinstance(column, Slice):
         state = optimizer.state[column.tensor] if column.tensor in optimizer.state else {}
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == column.tensor.shape:
-                move_slice_(Slice(value, column.dim, column.outer, column.inner), index)
+                move_slice_(Slice(value, column.dim, column.outer, column.inner), index, places)
         return
     moved = [i for i, j in enumerate(sources) if i != j]
     old = {

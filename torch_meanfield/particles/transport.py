@@ -58,7 +58,9 @@ def transport_(
     """
     n = population.size
     index = check_index(index, n, population.name)
-    if index.device.type == "cpu" and torch.equal(index, torch.arange(n)):
+    # An index on an accelerator is not read back: every place is then written, moved or not.
+    places = (index != torch.arange(n)).nonzero().squeeze(1) if index.device.type == "cpu" else None
+    if places is not None and not places.numel():
         return None
     known = check_transportable(population, optimizers) if state else []
     # Whole tensors are moved one by one, so their sources must be known on the host; slices stay on their device.
@@ -67,12 +69,12 @@ def transport_(
     for column in population.columns:
         if state:
             for optimizer in known:
-                move_state_(optimizer, column, index, sources)
-            move_gradients_(column, index, sources)
+                move_state_(optimizer, column, index, sources, places)
+            move_gradients_(column, index, sources, places)
         if isinstance(column, Stack):
             move_stack_(column.tensors, sources)
         else:
-            move_slice_(column, index)
+            move_slice_(column, index, places)
     motion = Motion(population, index, cause)
     publish(motion)
     return motion

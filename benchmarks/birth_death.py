@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""What birth and death cost, each figure a ratio of two things timed in one run.
+
+    python benchmarks/birth_death.py [--steps 200] [--device cpu] [--out benchmarks/results]
+
+1. A training step, wrapped over bare, at the wrapper's defaults over whole periods from event to event: ResNet-56 and
+   ViT-Tiny on 32x32 images. The two models take turns, step by step.
+2. One event on a population of 1,000,000 units with 64 incoming weights (10 % of them change), over copying the
+   tensors it touches once; and the cost from 10^3 to 10^6 units.
+3. One event against a literal particle loop, as in the published notebooks, at n = 10,000.
+
+On the CPU, processor time is counted (one thread), which other work on the machine does not change much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from recipes.record import provenance
+from torch_meanfield import MeanFieldResNet
+from torch_meanfield.width import BirthDeathOptimizer
+
+
+def seconds(device: torch.device) -> Callable[[], float]:
+    """A clock: processor time, or time by the wall once the device is done."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def wall() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return wall
+
+
+def median_time(run: Callable[[], Any], clock: Callable[[], float], repeats: int) -> float:
+    """The median of ``repeats`` timings of ``run``, after one that is not counted."""
+    run()
+    out = []
+    for _ in range(repeats):
+        begin = clock()
+        run()
+        out.append(clock() - begin)
+    return statistics.median(out)
+
+
+# -- 1 ---------------------------------------------------------------------------------------------------------------
+
+
+def resnet56() -> nn.Module:
+    return MeanFieldResNet(depth=56, learn_tau=False)
+
+
+def vit_tiny() -> nn.Module:
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
+
+
+def training_step(make: Callable[[], nn.Module], batch: int, steps: int, device: torch.device) -> dict[str, float]:
+    """Mean seconds of a step, bare and wrapped, the parts of the difference, and the ratio."""
+    clock = seconds(device)
+    models, optimizers = [], []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model = make().to(device)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if wrapped:
+            example = torch.randn(1, 3, 32, 32, device=device)
+            optimizer = BirthDeathOptimizer(optimizer, model, example_input=example)
+        models.append(model)
+        optimizers.append(optimizer)
+    wrapper = optimizers[1]
+    assert isinstance(wrapper, BirthDeathOptimizer)
+    spent = [0.0, 0.0]
+    events = 0.0
+    x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
+    for step in range(steps + 2):  # two to warm up: they count as steps before the first event
+        for which in (0, 1):
+            begin = clock()
+            optimizers[which].zero_grad()
+            nn.functional.cross_entropy(models[which](x), y).backward()
+            before = clock()
+            optimizers[which].step()
+            end = clock()
+            if step >= 2:
+                spent[which] += end - begin
+                if which and wrapper.clock % wrapper.settings.every == 0:
+                    events += end - before
+    return {
+        "populations": len(wrapper.populations),
+        "units": sum(p.size for p in wrapper.populations),
+        "bare": spent[0] / steps,
+        "wrapped": spent[1] / steps,
+        "steps with an event, their optimizer step": events,
+        "ratio": spent[1] / spent[0],
+    }
+
+
+# -- 2 and 3 ---------------------------------------------------------------------------------------------------------
+
+
+def large(n: int, births: str, device: torch.device) -> tuple[BirthDeathOptimizer, list[Tensor]]:
+    """A population of n units with 64 incoming weights of which a tenth is due, and the tensors an event touches."""
+    torch.manual_seed(0)
+    z = torch.randn(n, 64, device=device, requires_grad=True)
+    c = torch.randn(n, device=device, requires_grad=True)
+    inner = torch.optim.SGD([z, c], lr=1e-6, momentum=0.9)
+    optimizer = BirthDeathOptimizer(inner, populations=[(z, 0), (c, 0)], births=births, every=10**9, window=20)
+    for _ in range(21):
+        z.grad, c.grad = torch.zeros_like(z), torch.randn(n, device=device)
+        due = torch.arange(n, device=device) % 10 == 0
+        c.grad = torch.where(due, c.detach().sign(), torch.where(due.roll(1), -c.detach().sign(), c.grad))
+        optimizer.step()
+    touched = [z, c, z.grad, c.grad] + [s for p in (z, c) for s in inner.state[p].values() if isinstance(s, Tensor)]
+    return optimizer, [t.detach() for t in touched]
+
+
+def event_time(n: int, births: str, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of an event and of one copy of what it touches."""
+    clock = seconds(device)
+    optimizer, touched = large(n, births, device)
+    dynamics = optimizer._dynamics
+    assert dynamics is not None
+    table = dynamics.averages[0].table.clone()
+    changed = []
+
+    def event() -> None:
+        dynamics.averages[0].table.copy_(table)  # the same units are due each time
+        changed.append(len(dynamics.event(optimizer.optimizer, 0)))
+
+    space = [torch.empty_like(t) for t in touched]
+
+    def copy() -> None:
+        for t, s in zip(touched, space, strict=True):
+            s.copy_(t)
+
+    times = {"event": median_time(event, clock, repeats), "copy": median_time(copy, clock, repeats)}
+    assert all(changed)
+    return {"units": n, **times, "ratio": times["event"] / times["copy"]}
+
+
+def literal(z: Tensor, c: Tensor, killed: list[int], cloned: list[int]) -> tuple[Tensor, Tensor]:
+    """The event as a loop over particles: cut the killed out one by one, append the clones one by one."""
+    for i in sorted(killed, reverse=True):
+        z, c = torch.cat([z[:i], z[i + 1 :]]), torch.cat([c[:i], c[i + 1 :]])
+    for i in cloned:
+        z, c = torch.cat([z, z[i : i + 1]]), torch.cat([c, c[i : i + 1]])
+    return z, c
+
+
+def against_literal(n: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of one event with clones, vectorised and literal, parameters only in the latter."""
+    clock = seconds(device)
+    ours = event_time(n, "clone", device, 9)["event"]
+    z, c = torch.randn(n, 64, device=device), torch.randn(n, device=device)
+    killed = list(range(0, n, 10))
+    cloned = [i % (n - len(killed)) for i in range(1, n, 10)]
+    theirs = median_time(lambda: literal(z, c, killed, cloned), clock, 1)
+    return {"units": n, "event": ours, "literal": theirs, "ratio": theirs / ours}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each model, 0 for none (%(default)s)")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    out: dict[str, Any] = {}
+    lines = [
+        f"| 1. training step, batch {args.batch}, {args.steps} steps | bare | wrapped | wrapped / bare |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, make in (("ResNet-56", resnet56), ("ViT-Tiny", vit_tiny)) if args.steps else ():
+        r = out[name] = training_step(make, args.batch, args.steps, device)
+        lines.append(
+            f"| {name}, {r['populations']} populations, {r['units']} units | {r['bare']:.4f} s | {r['wrapped']:.4f} s "
+            f"| {r['ratio']:.4f} |"
+        )
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        "| 2. one event | units | event | copying what it touches once | ratio |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for births in ("clone", "reinject"):
+        for n in (10**3, 10**4, 10**5, 10**6):
+            r = out[f"{births} {n}"] = event_time(n, births, device, 5 if n == 10**6 else 15)
+            lines.append(
+                f"| {births} | {n:,} | {1e3 * r['event']:.2f} ms | {1e3 * r['copy']:.2f} ms | {r['ratio']:.2f} |"
+            )
+            print(lines[-1], flush=True)
+    r = out["literal"] = against_literal(10_000, device)
+    lines += ["", "| 3. one event, n = 10,000 | seconds |", "| --- | --- |"]
+    lines += [
+        f"| literal loop | {r['literal']:.4f} |",
+        f"| this library | {r['event']:.5f} |",
+        f"| ratio | {r['ratio']:.0f} |",
+    ]
+    made = provenance(device)
+    text = (
+        "\n".join(lines)
+        + f"\n\nMade by `python benchmarks/birth_death.py --steps {args.steps}` on {made['device']}, torch {made['versions']['torch']}.\n"
+    )
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = "birth_death" if device.type == "cpu" else f"birth_death_{device.type}"
+    (args.out / f"{name}.md").write_text(text)
+    (args.out / f"{name}.json").write_text(json.dumps({**made, "results": out}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The exact scheme against a literal list of particles, and the scale-free one against its definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from torch_meanfield.width import rates
+
+
+def literal_event(potential: list[float], rate_dt: float, draws: torch.Tensor) -> list[int]:
+    """(34)/(37) with Python lists: who is killed and cloned, then back to n; returns the sources of all places."""
+    n, mean = len(potential), sum(potential) / len(potential)
+    acts = [float(draws[0, i]) < 1 - math.exp(-abs(v - mean) * rate_dt) for i, v in enumerate(potential)]
+    pool = [(float(draws[1, i]), i, True) for i, v in enumerate(potential) if not (acts[i] and v > mean)]
+    pool += [(float(draws[2, i]), i, False) for i, v in enumerate(potential) if acts[i] and v < mean]
+    pool.sort()
+    kept = pool[:n]
+    extra = [kept_source for _, kept_source, survivor in kept if not survivor]
+    for place in range(len(kept), n):
+        extra.append(pool[int(draws[3, place] * len(pool))][1])
+    places: list[int | None] = [None] * n
+    for _, i, survivor in kept:
+        if survivor:
+            places[i] = i
+    return [extra.pop(0) if p is None else p for p in places]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("rate_dt", [0.0, 0.1, 1.0, 10.0])
+def test_exact_scheme_is_the_literal_one(seed: int, rate_dt: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    n = 2 + seed * 9
+    potential = torch.randn(n, generator=g, dtype=torch.float64) ** (1 if seed % 2 else 3)
+    draws = torch.rand(4, n, generator=g, dtype=torch.float64)
+    turnover = rates.exact(potential, rate_dt, draws)
+    assert turnover.index.tolist() == literal_event(potential.tolist(), rate_dt, draws)
+    assert not turnover.born.any()
+
+
+def test_exact_scheme_acts_at_the_rates_of_the_theory() -> None:
+    # Expected number of copies of each unit, to first order in dt: 1 - alpha (V - Vbar) dt
+    n, dt, trials = 50, 0.05, 4000
+    g = torch.Generator().manual_seed(0)
+    potential = torch.randn(n, generator=g)
+    copies = torch.zeros(n)
+    for _ in range(trials):
+        copies += rates.exact(potential, dt, torch.rand(4, n, generator=g)).index.bincount(minlength=n)
+    expected = 1 - (potential - potential.mean()) * dt
+    assert (copies / trials - expected).abs().max() < 0.03
+
+
+def test_nothing_happens_at_equal_potentials() -> None:
+    turnover = rates.exact(torch.full((9,), 3.0), 100.0, torch.rand(4, 9))
+    assert turnover.index.tolist() == list(range(9)) and turnover.counts().tolist() == [0, 0, 0]
+
+
+def test_exact_scheme_with_fresh_units_clones_nobody() -> None:
+    potential = torch.tensor([1.0, -1.0, 5.0, -5.0])
+    turnover = rates.exact(potential, 1e6, torch.full((4, 4), 0.5), fresh=True)
+    assert turnover.index.tolist() == [0, 1, 2, 3]
+    assert turnover.born.tolist() == [True, False, True, False]
+    assert turnover.counts().tolist() == [2, 2, 2]
+
+
+def test_only_what_stands_out_is_replaced() -> None:
+    mean = torch.tensor([1.0, 1e-9, 2.0, -3.0, 0.5, 0.0, 9.0])
+    coherence = torch.tensor([0.9, 0.9, 0.1, -0.9, 0.8, 0.0, 0.9])
+    mature = torch.tensor([True, True, True, True, True, True, False])
+    quiet = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 100.0, 0.0])
+    harmful, dead = rates.standing_out(mean, coherence, mature, quiet, 1.0, 0.25, 100)
+    assert harmful.nonzero().flatten().tolist() == [0, 1, 4]  # 2 is noise, 3 is useful, 6 is new
+    assert dead.nonzero().flatten().tolist() == [5]
+    tied = torch.ones(10), torch.ones(10), torch.ones(10, dtype=torch.bool), torch.zeros(10)
+    assert rates.standing_out(*tied, 0.35, 0.25, 100)[0].nonzero().flatten().tolist() == [0, 1, 2]
+    most, _ = rates.standing_out(mean, coherence, mature, quiet, 0.3, 0.25, 100)
+    few, still = rates.standing_out(mean, coherence, mature, quiet, 0.1, 0.25, 100)
+    assert not few.any() and torch.equal(still, dead)  # a tenth of seven is nobody
+    assert most.nonzero().flatten().tolist() == [0, 4]  # the most harmful first
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_scale_of_the_potential_does_not_matter(scale: float) -> None:
+    g = torch.Generator().manual_seed(1)
+    mean, size = torch.randn(30, generator=g), torch.rand(30, generator=g) + 1
+    args = (torch.ones(30, dtype=torch.bool), torch.zeros(30), 0.2, 0.25, 100)
+    plain = rates.standing_out(mean, mean / size, *args)
+    scaled = rates.standing_out(mean * scale, (mean * scale) / (size * scale), *args)
+    assert all(torch.equal(a, b) for a, b in zip(plain, scaled, strict=True))
+
+
+def test_copies_come_from_good_units_and_from_nobody_if_there_is_none() -> None:
+    harmful = torch.tensor([True, False, False, True, False])
+    good = torch.tensor([False, True, False, False, True])
+    nobody = torch.zeros(5, dtype=torch.bool)
+    draws = torch.tensor([0.0, 0.5, 0.5, 0.99, 0.5])
+    assert rates.from_parents(harmful, nobody, good, draws).index.tolist() == [1, 1, 2, 4, 4]
+    assert rates.from_parents(harmful, nobody, nobody, draws).index.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_reinjection_takes_its_share_at_random() -> None:
+    g = torch.Generator().manual_seed(0)
+    n = 20_000
+    still = rates.exact(torch.zeros(n), 0.0, torch.rand(4, n, generator=g))
+    turnover = rates.add_reinjection(still, 0.1, torch.rand(n, generator=g))
+    assert abs(turnover.born.float().mean() - 0.1) < 0.01
+    assert torch.equal(turnover.index, torch.arange(n)) and not turnover.harmful.any()

@@ -1,0 +1,9 @@
+"""Observing one eager forward pass: what the searches for neurons and for residual branches have in common."""
+
+from torch_meanfield.observe.observer import Call as Call
+from torch_meanfield.observe.observer import Observer as Observer
+from torch_meanfield.observe.observer import observe as observe
+from torch_meanfield.observe.observer import private_copy as private_copy
+from torch_meanfield.observe.observer import run as run
+from torch_meanfield.observe.observer import tensors_in as tensors_in
+from torch_meanfield.observe.observer import undisturbed as undisturbed

@@ -1,0 +1,159 @@
+"""The observer: every torch function of one eager forward pass, in the order of execution.
+
+Nothing is traced and nothing is replaced: the model runs as it always does, under a ``TorchFunctionMode`` that hands
+each call to a watcher. The search for neuron populations watches how channels travel; the conversion of residual
+branches can watch the additions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a torch function.
+
+    Attributes:
+        name: the plain name, the same for function, method and operator: ``"add"`` for ``torch.add``,
+            ``Tensor.add``, ``x + y`` and ``y + x``; ``"add_"`` for ``x += y``; ``"linear"``, ``"conv2d"``, ...
+        func: what was called.
+        args, kwargs: as the caller gave them (after ``__radd__`` and the like, in the reversed order).
+        result: what came back.
+    """
+
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """The argument at ``position``, or called ``name``, or ``default``."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+
+class Observer(TorchFunctionMode):
+    """Hand every torch function that runs inside the context to ``watch``, after it has run.
+
+    Calls made by the watcher itself, and inside a function that torch treats as one, are not observed.
+    """
+
+    def __init__(self, watch: Callable[[Call], None]) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.watch(Call(plain_name(func), func, args, kwargs, result))
+        return result
+
+
+_OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "and": "bitwise_and", "or": "bitwise_or"}
+
+
+def plain_name(func: Callable[..., Any]) -> str:
+    """``"add"`` for ``Tensor.__radd__``, ``"mul_"`` for ``Tensor.__imul__``, ``"get mT"`` for ``Tensor.mT.__get__``."""
+    name = str(getattr(func, "__name__", func))
+    if name in ("__get__", "__set__"):
+        return f"{name[2:5]}_{getattr(getattr(func, '__self__', None), '__name__', '')}"
+    if not (name.startswith("__") and name.endswith("__")):
+        return name
+    name = name[2:-2]
+    reversed_, in_place = name[1:] if name[0] == "r" else "", name[1:] if name[0] == "i" else ""
+    for stem, suffix in ((name, ""), (reversed_, ""), (in_place, "_")):
+        stem = _OPERATORS.get(stem, stem)
+        if stem and hasattr(torch, stem) and callable(getattr(torch, stem)):
+            return stem + suffix
+    return name
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in ``eval()`` without the hooks of its user; whatever is done to it, ``model`` does not notice.
+
+    Hooks of ``torch.nn.utils`` stay, since weight and spectral normalisation compute their weights in them.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` cannot be deep-copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    try:
+        copy = deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); the search works on a "
+            f"copy. Tensors with a history kept as attributes are the usual cause: detach them"
+        ) from error
+    for module in copy.modules():
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils"):
+                    del hooks[key]
+    return copy.eval()
+
+
+def run(model: nn.Module, example_input: Any) -> Any:
+    """``model`` on the example: a tensor or any single object, a tuple of arguments, or a dict of keywords."""
+    if isinstance(example_input, Mapping):
+        return model(**example_input)
+    if isinstance(example_input, tuple) and not hasattr(example_input, "_fields"):
+        return model(*example_input)
+    return model(example_input)
+
+
+@contextmanager
+def undisturbed(seed: int = 0) -> Iterator[None]:
+    """Eager, without gradients and autocast, from the random state ``seed``; afterwards torch's is as it was."""
+    devices = range(len(torch.cuda.default_generators))  # none before CUDA is initialised, and this does not do it
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:  # else nothing can be compiled, and importing it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.manual_seed(seed)
+        yield
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested lists, tuples and mappings, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in tensors_in(v)]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [t for v in value for t in tensors_in(v)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [t for v in vars(value).values() for t in tensors_in(v)]
+    return []
+
+
+def observe(model: nn.Module, example_input: Any, watch: Callable[[Call], None]) -> Any:
+    """Run ``model`` once on ``example_input`` without gradients, each call handed to ``watch``; return its output.
+
+    The model is run as it is: pass a :func:`private_copy` to keep the original's buffers and caches untouched.
+    The random state of torch is restored.
+    """
+    with undisturbed(), Observer(watch):
+        return run(model, example_input)

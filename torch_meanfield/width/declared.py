@@ -1,0 +1,109 @@
+"""From what the user passes as ``populations`` to populations whose every parameter the optimizer owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_meanfield.particles import Slice
+from torch_meanfield.width.neurons import Neurons, neurons_from
+
+
+def declared(populations: Any, model: nn.Module | None, optimizer: Optimizer) -> list[Neurons]:
+    """One population or several, as :class:`Neurons` or lists of ``(tensor, dim)``, checked against the optimizer.
+
+    Raises:
+        TypeError: not populations.
+        ValueError: none at all, one the optimizer does not own, tensors on several devices, or two populations that
+            move the same entries.
+    """
+    entries = [populations] if isinstance(populations, Neurons) or _is_slices(populations) else populations
+    if isinstance(entries, (str, Tensor)) or not isinstance(entries, Sequence):
+        raise TypeError(
+            f"populations must be 'auto', a population, or a list of them (each a Neurons or a list of (tensor, dim)), "
+            f"got {populations!r:.80}"
+        )
+    found = [
+        entry
+        if isinstance(entry, Neurons)
+        else neurons_from(entry, name=f"populations[{i}]", owner=_owner(entry, model))
+        for i, entry in enumerate(entries)
+    ]
+    if not found:
+        raise ValueError("populations is empty; declare at least one, or pass populations='auto' with a model")
+    for population in found:
+        check_owned(population, optimizer)
+    check_disjoint(found)
+    return found
+
+
+def _is_slices(populations: Any) -> bool:
+    """One population given as its list of slices, rather than a list of populations."""
+    if not isinstance(populations, (list, tuple)) or not populations:
+        return False
+    first = populations[0]
+    return isinstance(first, Slice) or (isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], Tensor))
+
+
+def _owner(entry: Any, model: nn.Module | None) -> nn.Module | None:
+    """``model`` if it holds every declared tensor: then its averaged copies can follow."""
+    if model is None or not isinstance(entry, (list, tuple)):
+        return None
+    held = {id(t) for t in (*model.parameters(), *model.buffers())}
+    tensors = [e.tensor if isinstance(e, Slice) else e[0] for e in entry if isinstance(e, (Slice, tuple, list)) and e]
+    return model if all(id(t) in held for t in tensors) else None
+
+
+def owned_ids(optimizer: Optimizer) -> set[int]:
+    """The identities of the parameters that ``optimizer`` steps."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def foreign(population: Neurons, optimizer: Optimizer) -> Slice | None:
+    """The first column that is a parameter to be trained but not one of the optimizer's."""
+    owned = owned_ids(optimizer)
+    for column, role in zip(population.slices(population.columns), population.roles, strict=True):
+        # a frozen parameter and a buffer belong to no optimizer; an outgoing weight must be trained, or has no gradient
+        if (column.tensor.requires_grad or role == "out") and id(column.tensor) not in owned:
+            return column
+    return None
+
+
+def check_owned(population: Neurons, optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` for a parameter that ``optimizer`` does not own, or tensors on several devices."""
+    column = foreign(population, optimizer)
+    if column is not None:
+        raise ValueError(
+            f"{population.name}: the tensor of shape {tuple(column.tensor.shape)} along dimension {column.dim} is not "
+            f"one of the optimizer's parameters; add it to the optimizer (add_param_group), or leave the population out"
+        )
+    devices = {c.tensor.device for c in population.slices(population.columns)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{population.name}: its tensors lie on {sorted(map(str, devices))}; a population lives on one device, so "
+            f"move the model before it is wrapped"
+        )
+    for c in population.slices(population.columns):
+        if not c.tensor.is_floating_point() or c.tensor.is_meta or c.tensor.layout != torch.strided:
+            raise ValueError(
+                f"{population.name}: a tensor of shape {tuple(c.tensor.shape)} is {c.tensor.dtype}, {c.tensor.layout} "
+                f"on {c.tensor.device}; units own dense floating-point tensors that hold data"
+            )
+
+
+def check_disjoint(populations: Sequence[Neurons]) -> None:
+    """Raise ``ValueError`` if two populations move the same dimension of the same tensor."""
+    seen: dict[tuple[int, int], str] = {}
+    for population in populations:
+        for column in population.slices(population.columns):
+            key = (id(column.tensor), column.dim)
+            if key in seen:
+                raise ValueError(
+                    f"{population.name} and {seen[key]} both own dimension {column.dim} of the tensor of shape "
+                    f"{tuple(column.tensor.shape)}; declare it once"
+                )
+            seen[key] = population.name

@@ -1,0 +1,131 @@
+"""An optimizer around an optimizer: one ``param_groups``, one ``state`` and one ``defaults`` for both."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Run the hooks registered on the wrapper itself around ``step``, as torch does, but not the global ones.
+
+    torch patches ``step`` of every optimizer class so that hooks run around it. A wrapper's ``step`` calls the
+    wrapped one, around which the global hooks run already: they would see every step twice.
+    """
+
+    @functools.wraps(step)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        self = args[0]
+        for pre in list(self._optimizer_step_pre_hooks.values()):
+            result = pre(self, args, kwargs)
+            if result is not None:
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise RuntimeError(f"step: a pre-hook must return None or (new_args, new_kwargs), got {result!r}")
+                args, kwargs = result
+        out = step(*args, **kwargs)
+        for post in list(self._optimizer_step_post_hooks.values()):
+            post(self, args, kwargs)
+        return out
+
+    cast(Any, hooked).hooked = True  # what torch's own patching asks for
+    return hooked
+
+
+class Lent:
+    """An attribute that others set on the wrapper and that the wrapped optimizer needs: it is kept there only."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, wrapper: SharingOptimizer | None, owner: type) -> Any:
+        if wrapper is None:
+            return self
+        return getattr(wrapper.optimizer, self.name)
+
+    def __set__(self, wrapper: SharingOptimizer, value: Any) -> None:
+        setattr(wrapper.optimizer, self.name, value)
+
+    def __delete__(self, wrapper: SharingOptimizer) -> None:
+        delattr(wrapper.optimizer, self.name)
+
+
+class SharingOptimizer(Optimizer):
+    """Shares everything with the optimizer it wraps, and is one itself.
+
+    Learning-rate schedulers, gradient scalers, clipping and checkpointing read and write ``param_groups``, ``state``
+    and ``defaults`` of whichever of the two they were given: they are the same objects.
+
+    Args:
+        optimizer: the wrapped optimizer.
+
+    Raises:
+        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
+    """
+
+    param_groups = Lent()
+    state = Lent()
+    defaults = Lent()
+    # A GradScaler sets these two on what it is given, for fused optimizers to read in their step.
+    grad_scale = Lent()
+    found_inf = Lent()
+
+    optimizer: Optimizer
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        # Not Optimizer.__init__, which would make groups and state of its own; what else it makes is made here.
+        self._make_hooks()
+        self._patch_step_function()
+
+    def _make_hooks(self) -> None:
+        for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post"):
+            self.__dict__.setdefault(f"_optimizer_{name}_hooks", OrderedDict())
+        for name in ("load_state_dict_pre", "load_state_dict_post"):
+            self.__dict__.setdefault(f"_optimizer_{name}_hooks", OrderedDict())
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether the wrapped optimizer unscales gradients in its own step (fused ones do)."""
+        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what is not found otherwise. Optimizers have attributes and methods of their own (``train``/``eval`` of
+        # schedule-free ones); "optimizer" itself is missing only while an instance is being made.
+        if name == "optimizer" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to both: see :meth:`torch.optim.Optimizer.add_param_group`."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See :meth:`torch.optim.Optimizer.zero_grad`."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def load_wrapped(self, state_dict: dict[str, Any]) -> None:
+        """Load the wrapped optimizer; ``param_groups``, its dicts and ``state`` stay the objects they were.
+
+        torch makes new ones, and whoever held the old ones would drive nothing.
+        """
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        self.optimizer.load_state_dict(state_dict)
+        loaded, values = self.optimizer.param_groups, self.optimizer.state
+        if loaded is not groups:
+            for old, new in zip(groups, loaded, strict=True):
+                if old is not new:
+                    old.clear()
+                    old.update(new)
+            self.optimizer.param_groups = groups
+        if values is not state:
+            fresh: dict[Tensor, Any] = dict(values)
+            state.clear()
+            state.update(fresh)
+            self.optimizer.state = state
