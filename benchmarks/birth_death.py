@@ -215,7 +215,8 @@ def main() -> None:
     made = provenance(device)
     text = (
         "\n".join(lines)
-        + f"\n\nMade by `python benchmarks/birth_death.py --steps {args.steps}` on {made['device']}, torch {made['versions']['torch']}.\n"
+        + f"\n\nMade by `python benchmarks/birth_death.py --steps {args.steps}` on {made['device']}, "
+        + f"torch {made['versions']['torch']}.\n"
     )
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
