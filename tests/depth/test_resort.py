@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_meanfield import MeanFieldSequential, resort_, set_automatic_resort, subscribe
 
@@ -204,6 +205,28 @@ def test_a_skipped_step_moves_nothing(fused, optimizer_class):
     assert len(posts) == (1 if fused else 0)  # the trap: a fused optimizer's hooks run on overflow too
     step(overflow=False)
     assert not _same(layer, before) and layer.tau_axis.read().diff().min() >= 0
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the values that are read back from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_while_the_order_holds_a_step_reads_one_flag_for_the_whole_model_and_the_forward_pass_none():
+    model = nn.Sequential(*(_layer(seed=s) for s in range(5)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    model(torch.ones(2, 3)).sum().backward()
+    with _Reads() as reads:
+        optimizer.step()
+    assert reads.count == 1
+    with _Reads() as reads:
+        model(torch.ones(2, 3)).sum().backward()
+    assert reads.count == 0
 
 
 def test_hooks_do_not_keep_layers_alive():
