@@ -29,16 +29,17 @@ def smallest_models() -> dict[str, str]:
     """For each timm model file the model with the fewest parameters, counted on the meta device."""
     import timm
     import torch
-    from timm.models import list_modules  # noqa: F401  (loads the registry)
-    from timm.models._registry import _module_to_models
 
     smallest = {}
-    for file, names in sorted(_module_to_models.items()):
+    for file in timm.list_modules():
         counts = {}
-        for name in sorted(names):
+        for name in timm.list_models(module=file):  # without deprecated names, some of which build nothing any more
             with torch.device("meta"):
-                counts[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-        smallest[file] = min(counts, key=lambda n: counts[n])
+                model = timm.create_model(name)
+            if type(model).__module__.startswith("timm."):  # not those that this package registers
+                counts[name] = sum(p.numel() for p in model.parameters())
+        if counts:
+            smallest[file] = min(counts, key=lambda n: counts[n])
     return smallest
 
 

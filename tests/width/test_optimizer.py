@@ -117,6 +117,7 @@ def test_states_pass_between_the_wrapper_and_a_bare_optimizer(make: Make) -> Non
     train(bare, wrapper, range(5, 8))
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # SequentialLR's own call, in torch 2.6
 @pytest.mark.parametrize("scheduler", ["cosine", "plateau", "onecycle", "sequential"])
 def test_schedulers_drive_both(scheduler: str) -> None:
     from torch.optim import lr_scheduler as s
