@@ -1,5 +1,8 @@
 """Mean-field theory of neural networks as PyTorch tools: layers and optimizers over exchangeable particles."""
 
+from torch_meanfield.convert import conversion_report as conversion_report
+from torch_meanfield.convert import convert as convert
+from torch_meanfield.convert import fold as fold
 from torch_meanfield.depth import MeanFieldResNet as MeanFieldResNet
 from torch_meanfield.depth import MeanFieldSequential as MeanFieldSequential
 from torch_meanfield.depth import param_groups as param_groups

@@ -52,7 +52,7 @@ def _timm_ema(version):
 
 def _own(model):
     average = OwnAverage(model)
-    assert follow(average.module, model) == 1
+    assert follow(average.module, model) == 2  # the model and its one layer
     return average.module, average.update
 
 
@@ -187,7 +187,9 @@ def test_lightning_weight_averaging_swaps_in_what_it_averaged(tmp_path):
 
 def test_follow_refuses_what_does_not_match():
     model = _layer()
-    with pytest.raises(ValueError, match="copy has no MeanFieldSequential at '1'"):
+    with pytest.raises(ValueError, match="copy has no tensor '1"):
         follow(nn.Sequential(nn.Linear(3, 3)), model)
-    with pytest.raises(ValueError, match="holds no population"):
-        follow(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="copy is model itself"):
+        follow(model, model)
+    with pytest.raises(TypeError, match="copy must be a torch.nn.Module, got dict"):
+        follow(dict(model.state_dict()), model)

@@ -44,9 +44,9 @@ class Net(nn.Module):
 
 
 def wrap(model: Net, optimizer: torch.optim.Optimizer, **kwargs: Any) -> BirthDeathOptimizer:
-    """With events often enough for a test."""
+    """With events often enough for a test, and any harm enough to be replaced (as if a sample had no noise)."""
     return BirthDeathOptimizer(
-        optimizer, model, populations=model.slices(), **{"every": 10, "candidates": 32, **kwargs}
+        optimizer, model, populations=model.slices(), **{"every": 10, "candidates": 32, "batch_size": 1, **kwargs}
     )
 
 

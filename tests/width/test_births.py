@@ -10,11 +10,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.width.optimizers import Net, backward, batch, train, weights, wrap
-from torch_meanfield.particles import Slice, transport_
+from torch_meanfield.particles import Slice, follow, place_, transport_
+from torch_meanfield.particles.rows import places_of, read_rows, scale_rows_, write_rows_
 from torch_meanfield.width import BirthDeathOptimizer, Event, Neurons
 from torch_meanfield.width.laws import Law, laws_of
-from torch_meanfield.width.newborns import draw, place_, split_
-from torch_meanfield.width.rows import places_of, read_rows, scale_rows_, write_rows_
+from torch_meanfield.width.newborns import draw, split_
 
 
 def neurons(model: Net) -> Neurons:
@@ -113,7 +113,7 @@ def test_newborn_units_are_written_to_their_places_only() -> None:
     places = torch.tensor([2, 20])
     values = {0: torch.full((1, 2, 1, 6), 5.0), 1: torch.full((3, 1, 2, 1), 7.0)}
     with torch.no_grad():
-        place_(neurons(model), places, values, [])
+        place_(neurons(model), places, values)
     others = [i for i in range(24) if i not in (2, 20)]
     assert (model.first.weight[places] == 5).all() and (model.last.weight[:, places] == 7).all()
     assert torch.equal(model.first.weight[others], before.first.weight[others])
@@ -174,21 +174,26 @@ def test_the_users_initialiser_fills_incoming_weights() -> None:
     assert len(born) == 1 and len(born[0]) > 4 and (born[0] == 0.25).all()
 
 
-def test_averaged_copies_follow() -> None:
+@pytest.mark.parametrize("made", ["after", "before"])
+def test_averaged_copies_follow(made: str) -> None:
     model = Net()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) if made == "before" else None
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05), reinject=0.1, births="clone", threshold=0.1)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    if average is None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    else:
+        assert follow(average.module, model) == 1  # a copy that was made when there was no population yet
     # kept by particle identity: a list of units, moved by hand
     identity = [w.clone() for w in (model.first.weight.detach(), model.last.weight.detach())]
     updates = 0
 
-    def follow(event: Event) -> None:
+    def by_hand(event: Event) -> None:
         identity[0] = identity[0][event.index]
         identity[1] = identity[1][:, event.index]
         identity[0][event.born] = model.first.weight[event.born].detach()
         identity[1][:, event.born] = model.last.weight[:, event.born].detach()
 
-    optimizer.register_event_hook(follow)
+    optimizer.register_event_hook(by_hand)
     for step in range(50):
         train(model, optimizer, range(step, step + 1))
         average.update_parameters(model)

@@ -71,7 +71,7 @@ def test_averages_against_lists() -> None:
     weights = torch.tensor([0.1 * 0.9 ** (len(seen) - 1 - t) for t in range(len(seen))])
     values = torch.stack(seen)
     torch.testing.assert_close(averages.mean(0), (weights[:, None] * values).sum(0) / weights.sum())
-    expected = (weights[:, None] * values).sum(0) / (weights[:, None] * values.abs()).sum(0)
+    expected = (weights[:, None] * values).sum(0) / (weights.sum() * (weights[:, None] * values.square()).sum(0)).sqrt()
     torch.testing.assert_close(averages.coherence(0), expected)
     assert averages.of(0)[3].tolist() == [0, 19, 0, 0, 0]
     assert averages.mature(0).all() and averages.mature(1).all()

@@ -70,13 +70,16 @@ def test_only_what_stands_out_is_replaced() -> None:
     coherence = torch.tensor([0.9, 0.9, 0.1, -0.9, 0.8, 0.0, 0.9])
     mature = torch.tensor([True, True, True, True, True, True, False])
     quiet = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 100.0, 0.0])
-    harmful, dead = rates.standing_out(mean, coherence, mature, quiet, 1.0, 0.25, 100)
+    gain = -torch.ones(7)
+    costly = rates.standing_out(mean, coherence, mature, quiet, -gain, 1.0, 0.25, 100)
+    assert not costly[0].any() and costly[1].nonzero().flatten().tolist() == [5]  # dead all the same
+    harmful, dead = rates.standing_out(mean, coherence, mature, quiet, gain, 1.0, 0.25, 100)
     assert harmful.nonzero().flatten().tolist() == [0, 1, 4]  # 2 is noise, 3 is useful, 6 is new
     assert dead.nonzero().flatten().tolist() == [5]
     tied = torch.ones(10), torch.ones(10), torch.ones(10, dtype=torch.bool), torch.zeros(10)
-    assert rates.standing_out(*tied, 0.35, 0.25, 100)[0].nonzero().flatten().tolist() == [0, 1, 2]
-    most, _ = rates.standing_out(mean, coherence, mature, quiet, 0.3, 0.25, 100)
-    few, still = rates.standing_out(mean, coherence, mature, quiet, 0.1, 0.25, 100)
+    assert rates.standing_out(*tied, -torch.ones(10), 0.35, 0.25, 100)[0].nonzero().flatten().tolist() == [0, 1, 2]
+    most, _ = rates.standing_out(mean, coherence, mature, quiet, gain, 0.3, 0.25, 100)
+    few, still = rates.standing_out(mean, coherence, mature, quiet, gain, 0.1, 0.25, 100)
     assert not few.any() and torch.equal(still, dead)  # a tenth of seven is nobody
     assert most.nonzero().flatten().tolist() == [0, 4]  # the most harmful first
 
@@ -85,10 +88,34 @@ def test_only_what_stands_out_is_replaced() -> None:
 def test_the_scale_of_the_potential_does_not_matter(scale: float) -> None:
     g = torch.Generator().manual_seed(1)
     mean, size = torch.randn(30, generator=g), torch.rand(30, generator=g) + 1
-    args = (torch.ones(30, dtype=torch.bool), torch.zeros(30), 0.2, 0.25, 100)
+    args = (torch.ones(30, dtype=torch.bool), torch.zeros(30), -torch.ones(30), 0.2, 0.25, 100)
     plain = rates.standing_out(mean, mean / size, *args)
     scaled = rates.standing_out(mean * scale, (mean * scale) / (size * scale), *args)
     assert all(torch.equal(a, b) for a, b in zip(plain, scaled, strict=True))
+
+
+@pytest.mark.parametrize("shift", [0.4, 1.0, 2.0])
+def test_the_cost_of_a_removal_is_read_off_the_noise(shift: float) -> None:
+    """Gaussian likelihood of variance 1, y = shift * u + noise, one unit that says u: its loss is (2 shift - 1) / 2."""
+    g = torch.Generator().manual_seed(0)
+    batch, steps, units = 50, 4000, 8
+    u = torch.randn(steps, batch, units, generator=g)
+    y = shift * u + torch.randn(steps, batch, units, generator=g)
+    v = ((u - y) * u).mean(1)  # V = a dE/da at a = 1, for each step and (independent) unit
+    mean, square = v.mean(0), v.square().mean(0)
+    true = ((y.square() - (y - u).square()) / 2).mean((0, 1))
+    predicted = rates.removal(mean, square, batch)
+    torch.testing.assert_close(-mean, true - 0.5, rtol=0, atol=0.02)
+    # Fisher's curvature is the true one, 1, where the model is right and larger elsewhere: 1 + 3 (1 - shift)^2
+    fisher = 1 + 3 * (1 - shift) ** 2
+    torch.testing.assert_close(predicted, fisher / 2 - mean, rtol=0.05, atol=0.05)
+
+
+def test_a_small_unit_that_pushes_the_wrong_way_may_go_and_a_large_one_may_not() -> None:
+    noise = torch.tensor([1e-3, 1.0])  # of V from step to step; the same share of the mean in both
+    mean = 0.5 * noise
+    cost = rates.removal(mean, mean.square() + noise.square(), batch_size=128)
+    assert cost[0] < 0 < cost[1]
 
 
 def test_copies_come_from_good_units_and_from_nobody_if_there_is_none() -> None:

@@ -18,14 +18,14 @@ from torch_meanfield.particles import Motion, transport_
 from torch_meanfield.particles.averages import lineage_of
 
 if TYPE_CHECKING:
-    from torch_meanfield.depth.sequential import MeanFieldSequential
+    from torch_meanfield.depth.layer import MeanFieldLayer
 
 # Who exists, so that a step can find the layers whose tau its own optimizer holds. Never acted on as a whole.
-_layers: weakref.WeakSet[MeanFieldSequential] = weakref.WeakSet()
+_layers: weakref.WeakSet[MeanFieldLayer] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-def register(layer: MeanFieldSequential) -> None:
+def register(layer: MeanFieldLayer) -> None:
     """Let optimizer steps find ``layer`` for as long as it lives."""
     lineage_of(layer)
     with _lock:
@@ -69,19 +69,19 @@ def set_automatic_resort(model: nn.Module, enabled: bool) -> None:
         layer.auto_resort = bool(enabled)
 
 
-def layers_of(model: nn.Module, caller: str) -> list[MeanFieldSequential]:
+def layers_of(model: nn.Module, caller: str) -> list[MeanFieldLayer]:
     """Every mean-field layer in ``model``, or an error in the name of ``caller``."""
-    from torch_meanfield.depth.sequential import MeanFieldSequential
+    from torch_meanfield.depth.layer import MeanFieldLayer
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = [m for m in model.modules() if isinstance(m, MeanFieldSequential)]
+    layers = [m for m in model.modules() if isinstance(m, MeanFieldLayer)]
     if not layers:
-        raise ValueError(f"{caller}: {type(model).__name__} holds no MeanFieldSequential, so there is nothing to sort")
+        raise ValueError(f"{caller}: {type(model).__name__} holds no MeanFieldSequential or converted stage, so there is nothing to sort")
     return layers
 
 
-def sort_(layer: MeanFieldSequential, cause: str, optimizers: Iterable[Optimizer] = ()) -> Motion | None:
+def sort_(layer: MeanFieldLayer, cause: str, optimizers: Iterable[Optimizer] = ()) -> Motion | None:
     """Project tau to [0, inf) and bring the slots of ``layer`` into its order; equal positions keep theirs."""
     tau = layer.tau_axis.read()
     if tau.is_meta:
@@ -105,7 +105,7 @@ def sort_(layer: MeanFieldSequential, cause: str, optimizers: Iterable[Optimizer
     return motion
 
 
-def _warn_once(layer: MeanFieldSequential, tau: Tensor) -> None:
+def _warn_once(layer: MeanFieldLayer, tau: Tensor) -> None:
     if not layer._warned:
         layer._warned = True
         warnings.warn(
@@ -136,7 +136,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         sort_(layer, cause="resort", optimizers=[optimizer])
 
 
-def _out_of_order(layers: list[MeanFieldSequential], found_inf: Tensor | None) -> bool:
+def _out_of_order(layers: list[MeanFieldLayer], found_inf: Tensor | None) -> bool:
     """Whether any layer has work to do, in one read from each device (one, that is, but for split models).
 
     ``found_inf`` is set by a ``GradScaler`` on fused optimizers, whose ``step()`` runs on overflow too and skips on

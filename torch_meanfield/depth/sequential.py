@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from torch_meanfield.depth import rebirth
 from torch_meanfield.depth.euler import euler_step
 from torch_meanfield.depth.exchangeable import check_exchangeable
-from torch_meanfield.depth.resort import register, sort_
-from torch_meanfield.depth.tau_axis import TauAxis, check_horizon, check_positions, check_tau_entries, plain_value
+from torch_meanfield.depth.layer import MeanFieldLayer
+from torch_meanfield.depth.tau_axis import check_horizon, plain_value
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Column, named_tensors
-from torch_meanfield.particles.transport import check_transportable
 
 
-class MeanFieldSequential(nn.Module):
+class MeanFieldSequential(MeanFieldLayer):
     r"""A stack of residual branches with learnable times: the drop-in layer.
 
     .. math:: X^{l} = X^{l-1} + (\tau^l - \tau^{l-1})\, f(X^{l-1}, \theta^l), \qquad l = 1..n,\quad \tau^0 = 0
@@ -70,31 +71,12 @@ class MeanFieldSequential(nn.Module):
         super().__init__()
         for i, branch in enumerate(branches):
             self.add_module(str(i), branch)
-        first = next(branches[0].parameters(), None)
-        double = first is not None and first.dtype == torch.float64
-        self.tau_axis = TauAxis(
-            n,
-            checked_horizon,
-            learn=learn_tau,
-            device=None if first is None else first.device,
-            dtype=torch.float64 if double else torch.float32,
-        )
-        self.horizon = checked_horizon
-        self.auto_resort = True
+        self._place_on_axis(n, checked_horizon, next(branches[0].parameters(), None), learn=learn_tau)
         self.grad_checkpointing = False
-        self._sorted_at: tuple[int, ...] = ()  # version of tau at which the slots were last known to be sorted
-        self._warned = False
         # A fixed stack of unit steps is the ordinary residual network and is computed as one.
         self._plain = not learn_tau and checked_horizon == n and tau_init == "uniform"
         if tau_init == "random":
             self.draw_tau_()
-        cast(Any, self).register_load_state_dict_post_hook(_after_load)
-        register(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        cast(Any, super()).__setstate__(state)  # copies and unpickled layers come this way, past __init__
-        self._sorted_at = ()
-        register(self)
 
     # -- positions ---------------------------------------------------------------------------------------------
 
@@ -105,35 +87,11 @@ class MeanFieldSequential(nn.Module):
         order = self._execution_order()
         return positions if order is None else positions.clamp(min=0)[order]
 
-    def steps(self) -> Tensor:
-        """The n step sizes ``tau^l - tau^{l-1}`` with tau^0 = 0, differentiable; shape and dtype of ``tau``."""
-        tau = self.tau
-        return torch.diff(tau, prepend=tau.new_zeros(1))
-
     def set_tau_(self, values: Tensor | Sequence[float]) -> MeanFieldSequential:
-        """Place the particles and re-sort: branch i goes to ``values[i]``, then all take the order of tau.
-
-        Optimizer state moves along for every optimizer that has stepped.
-
-        Args:
-            values: n finite positions (times); those below 0 are projected to 0, equal ones keep their order.
-
-        Raises:
-            ValueError: not n values, or a value that is not finite.
-            TypeError: an optimizer keeps state that cannot be divided among the branches. Nothing has changed then.
-        """
-        tau = check_positions(values, self.tau_axis)
-        check_transportable(self.population())
-        self.tau_axis.place_(tau)
+        """See :meth:`MeanFieldLayer.set_tau_`."""
+        super().set_tau_(values)
         self._plain = False
-        sort_(self, cause="set_tau")
         return self
-
-    def draw_tau_(self, generator: torch.Generator | None = None) -> MeanFieldSequential:
-        """Place the particles at n sorted draws from U(0, horizon)."""
-        anchor = self.tau_axis.anchor
-        draws = torch.rand(len(self), generator=generator, dtype=anchor.dtype) * self.horizon
-        return self.set_tau_(draws.sort().values)
 
     def population(self) -> Population:
         """The branches as particles: each owns one tensor of every name in a branch, and its place on the tau axis."""
@@ -142,6 +100,18 @@ class MeanFieldSequential(nn.Module):
         columns: list[Column] = [Stack([t[name] for t in tensors]) for name in names]
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
         return Population(columns, owner=self, name=self._label())
+
+    def position(self) -> nn.Parameter | None:
+        """The parameter that the optimizer moves the particles by; ``None`` with ``learn_tau=False``."""
+        return self.tau_axis.offset
+
+    def potential(self) -> Tensor | None:
+        """Of every branch, its step size times the loss's derivative by it, shape ``(n,)``; see :mod:`.rebirth`."""
+        return rebirth.potential(self)
+
+    def resample_(self, index: Tensor, optimizers: Iterable[Optimizer] = (), cause: str = "birth_death") -> Tensor:
+        """Let branches die and be cloned at a fixed number, their intervals re-divided; see :mod:`.rebirth`."""
+        return rebirth.resample_(self, index, optimizers, cause)
 
     # -- the forward pass --------------------------------------------------------------------------------------
 
@@ -197,29 +167,13 @@ class MeanFieldSequential(nn.Module):
             raise IndexError(f"branch {i} is out of range for {n} branches")
         return cast(nn.Module, self._modules[str(i % n)])
 
-    def extra_repr(self) -> str:
-        """Horizon and number of branches."""
-        return f"horizon={self.horizon:g}"
-
-    def _label(self) -> str:
-        name = lineage_of(self).name
-        return f"MeanFieldSequential{f' {name!r}' if name else ''} ({len(self)} branches)"
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        check_tau_entries(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _loaded(self, incompatible_keys: Any) -> None:
+        self._plain = self._plain and bool((self.steps() == 1).all())
+        super()._loaded(incompatible_keys)
 
 
 def _plain_step(x: Tensor, branch: nn.Module) -> Tensor:
     return x + cast(Tensor, branch(x))
-
-
-def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
-    assert isinstance(layer, MeanFieldSequential)
-    layer.tau_axis.keep_exact_()
-    layer._plain = layer._plain and bool((layer.steps() == 1).all())
-    if not lineage_of(layer).following:  # an averaged copy keeps the places of the model it follows
-        sort_(layer, cause="load")
 
 
 def _read_order(layer: MeanFieldSequential) -> list[int] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
-from torch_meanfield.depth import MeanFieldSequential
+from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.lightning.plot import plot_tau
 from torch_meanfield.lightning.trajectories import Trajectory
 from torch_meanfield.particles import Motion, subscribe
@@ -54,7 +54,7 @@ class MeanFieldMonitor(Callback):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps!r}")
         self.every_n_steps, self.plot, self.title, self.keep = every_n_steps, plot, title, keep
         self.trajectories: dict[str, Trajectory] = {}
-        self._layers: dict[str, MeanFieldSequential] = {}
+        self._layers: dict[str, MeanFieldLayer] = {}
         self._handle: RemovableHandle | None = None
         self._trainer: Trainer | None = None
 
@@ -63,7 +63,7 @@ class MeanFieldMonitor(Callback):
         self._layers = {
             name: m
             for name, m in pl_module.named_modules()
-            if isinstance(m, MeanFieldSequential) and m.tau.requires_grad
+            if isinstance(m, MeanFieldLayer) and m.tau.requires_grad
         }
         for name in set(self.trajectories) - set(self._layers):
             del self.trajectories[name]

@@ -80,10 +80,14 @@ def plain_name(func: Callable[..., Any]) -> str:
     return name
 
 
-def private_copy(model: nn.Module) -> nn.Module:
+def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     """A deep copy in ``eval()`` without the hooks of its user; whatever is done to it, ``model`` does not notice.
 
     Hooks of ``torch.nn.utils`` stay, since weight and spectral normalisation compute their weights in them.
+
+    Args:
+        model: any module.
+        share_parameters: let the copy hold the parameters of ``model`` themselves, for a look that changes none.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -92,7 +96,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     try:
-        copy = deepcopy(model)
+        copy = deepcopy(model, {id(p): p for p in model.parameters()} if share_parameters else {})
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); the search works on a "

@@ -16,6 +16,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 
 from torch_meanfield.particles.events import Motion, subscribe
+from torch_meanfield.particles.population import Slice, named_tensors
+from torch_meanfield.particles.rows import write_rows_
 from torch_meanfield.particles.transport import transport_
 
 
@@ -67,30 +69,42 @@ def follow(copy: nn.Module, model: nn.Module) -> int:
     """Make ``copy``, an averaged copy of ``model`` kept by code this library does not know, move with ``model``.
 
     Not needed for ``AveragedModel``, Lightning's ``WeightAveraging`` and timm's ``ModelEmaV2``/``V3``, which are
-    recognised by themselves.
+    recognised by themselves, unless they were made before the model held any population: before its optimizer was
+    wrapped in a ``BirthDeathOptimizer``, that is.
 
     Args:
         copy: the averaged model, of the same structure as ``model``.
         model: the model that is trained.
 
     Returns:
-        how many modules that hold populations were paired.
+        how many modules were paired: ``model`` itself, and every module inside it that holds a population already.
 
     Raises:
-        ValueError: no module of ``model`` holds a population, or ``copy`` lacks one of them.
+        TypeError: ``copy`` or ``model`` is not a module.
+        ValueError: ``copy`` is ``model``, or lacks one of its tensors or of its modules that hold a population.
     """
+    for argument, module in (("copy", copy), ("model", model)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"follow: {argument} must be a torch.nn.Module, got {type(module).__name__}")
+    if copy is model:
+        raise ValueError("follow: copy is model itself; pass the averaged copy, such as AveragedModel's .module")
+    shapes = {name: t.shape for name, t in named_tensors(copy).items()}
+    for name, tensor in named_tensors(model).items():
+        if shapes.get(name) != tensor.shape:
+            raise ValueError(
+                f"follow: copy has no tensor {name!r} of shape {tuple(tensor.shape)}; it must have the structure of "
+                f"model (of an AveragedModel, pass its .module)"
+            )
     theirs = dict(copy.named_modules())
-    pairs = []
+    pairs = [(copy, model)]
     for name, module in model.named_modules():
-        if "_lineage" in module.__dict__:
+        if "_lineage" in module.__dict__ and module is not model:
             twin = theirs.get(name)
             if twin is None or type(twin) is not type(module):
                 raise ValueError(
                     f"follow: copy has no {type(module).__name__} at {name!r}; it must have the structure of model"
                 )
             pairs.append((twin, module))
-    if not pairs:
-        raise ValueError("follow: model holds no population (no mean-field layer), so there is nothing to follow")
     for twin, module in pairs:
         _pair(lineage_of(twin), lineage_of(module))
     return len(pairs)
@@ -128,8 +142,17 @@ def _on_motion(motion: Motion) -> None:
     lineage: Lineage | None = owner.__dict__.get("_lineage")
     for follower in list(lineage.followers) if lineage is not None else []:
         copy = follower.module() if follower.module is not None else None
-        if copy is not None and follower.following:
-            transport_(motion.population.within(copy), motion.index, cause="follow", state=False)
+        if copy is None or not follower.following:
+            continue
+        twin = motion.population.within(copy)
+        if motion.born is None:
+            transport_(twin, motion.index, cause="follow", state=False)
+            continue
+        for i, value in motion.values.items():
+            column = twin.columns[i]
+            assert isinstance(column, Slice)
+            device = column.tensor.device
+            write_rows_(column, motion.born.to(device), value.to(device))
 
 
 register_module_module_registration_hook(_on_registration)

@@ -59,9 +59,7 @@ def move_stack_(tensors: Sequence[Tensor], sources: Sequence[int]) -> None:
         tensors[i].detach().copy_(old[sources[i]])
 
 
-def move_gradients_(
-    column: Stack | Slice, index: Tensor, sources: Sequence[int], places: Tensor | None = None
-) -> None:
+def move_gradients_(column: Stack | Slice, index: Tensor, sources: Sequence[int], places: Tensor | None = None) -> None:
     """Gradients and ``requires_grad`` go with their particle.
 
     Another optimizer may still have to step on these gradients, and a frozen block stays frozen where it goes.

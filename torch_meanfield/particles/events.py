@@ -1,10 +1,10 @@
-"""Every motion of a population is published: loggers, averaged copies and other tools follow it from here."""
+"""Every motion and birth in a population is published: loggers, averaged copies and other tools follow from here."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,13 +20,17 @@ class Motion:
         population: which particles moved; ``population.owner`` is the module that holds them.
         index: int64 tensor of shape ``(n,)``; place i now holds what place ``index[i]`` held before.
         cause: ``"resort"`` (after an optimizer step, or by hand), ``"set_tau"``, ``"load"`` (a checkpoint whose tau
-            was not sorted), ``"birth_death"``, ``"follow"`` (an averaged copy moved with its source), or what
-            the caller of ``transport_`` named.
+            was not sorted), ``"birth_death"``, ``"follow"`` (an averaged copy moved with its source), ``"verify"``
+            (a private copy under proof), or what the caller of ``transport_`` named.
+        born: int64 ``(k,)``: places that hold newborn particles now, after the index was carried out; ``None`` if none.
+        values: what the newborn particles own, by number of the column: what stands in those places now.
     """
 
     population: Population
     index: Tensor
     cause: str
+    born: Tensor | None = None
+    values: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 _subscribers: OrderedDict[int, Callable[[Motion], None]] = OrderedDict()

@@ -110,9 +110,7 @@ class Population:
     owner: nn.Module | None = None
     name: str = "population"
 
-    def __init__(
-        self, columns: Sequence[Column], owner: nn.Module | None = None, name: str = "population"
-    ) -> None:
+    def __init__(self, columns: Sequence[Column], owner: nn.Module | None = None, name: str = "population") -> None:
         object.__setattr__(self, "columns", tuple(columns))
         object.__setattr__(self, "owner", owner)
         object.__setattr__(self, "name", name)

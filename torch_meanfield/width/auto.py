@@ -9,18 +9,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torch_meanfield.width.blocks import Blocks, blocks_of
 from torch_meanfield.width.declared import check_disjoint, check_owned, foreign
 from torch_meanfield.width.discover import find_populations
 from torch_meanfield.width.neurons import Neurons
 
 
-def discovered(model: nn.Module, example_input: Any, optimizer: Optimizer) -> list[Neurons]:
-    """The proven populations of ``model`` whose parameters ``optimizer`` owns.
+def discovered(model: nn.Module, example_input: Any, optimizer: Optimizer) -> list[Neurons | Blocks]:
+    """The proven populations of ``model`` whose parameters ``optimizer`` owns, and the blocks of mean-field layers.
 
     Raises:
         ValueError: there is none.
     """
-    found = list(find_populations(model, example_input))
+    found: list[Neurons | Blocks] = [*find_populations(model, example_input), *blocks_of(model)]
     kept = [p for p in found if foreign(p, optimizer) is None]
     if not kept:
         raise ValueError(

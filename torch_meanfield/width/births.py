@@ -67,6 +67,14 @@ def steep_values(
     values[first][0, :count, 0] = placed.weight.to(like.dtype)
     if biases and placed.bias is not None:
         values[biases[0]][0, :count, 0] = placed.bias.to(like.dtype)
+    norm = recorder.site.norm
+    for name, kept in zip(
+        ("running_mean", "running_var"), land.statistics(placed.weight, placed.bias) if norm else (), strict=False
+    ):
+        # In evaluation the unit is normalised by these; the norm's own start, 0 and 1, is far off for tens of steps.
+        for i, column in enumerate(columns):
+            if column.tensor is getattr(norm, name, None):
+                values[i][0, :count, 0] = kept.to(column.tensor.dtype)
     given = min(harmful, count)
     if given and settings.mass:
         a = whole(columns[out].tensor).float().transpose(0, 1).flatten(1).norm(dim=1)

@@ -73,7 +73,7 @@ def site_of(population: Neurons, model: nn.Module | None) -> Site | None:
 class Tap:
     """A forward hook that calls a method of its recorder; a copy of the model gets one that removes itself."""
 
-    def __init__(self, recorder: Recorder | None = None, method: str = "") -> None:
+    def __init__(self, recorder: Any = None, method: str = "") -> None:
         self.recorder = None if recorder is None else weakref.ref(recorder)
         self.method = method
 

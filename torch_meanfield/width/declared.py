@@ -10,35 +10,41 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_meanfield.particles import Slice
+from torch_meanfield.particles.resampled import Resampled
+from torch_meanfield.width.blocks import Blocks
 from torch_meanfield.width.neurons import Neurons, neurons_from
 
 
-def declared(populations: Any, model: nn.Module | None, optimizer: Optimizer) -> list[Neurons]:
-    """One population or several, as :class:`Neurons` or lists of ``(tensor, dim)``, checked against the optimizer.
+def declared(populations: Any, model: nn.Module | None, optimizer: Optimizer) -> list[Neurons | Blocks]:
+    """One population or several: :class:`Neurons`, lists of ``(tensor, dim)``, mean-field layers; all checked.
 
     Raises:
         TypeError: not populations.
         ValueError: none at all, one the optimizer does not own, tensors on several devices, or two populations that
             move the same entries.
     """
-    entries = [populations] if isinstance(populations, Neurons) or _is_slices(populations) else populations
+    alone = isinstance(populations, (Neurons, Resampled)) or _is_slices(populations)
+    entries = [populations] if alone else populations
     if isinstance(entries, (str, Tensor)) or not isinstance(entries, Sequence):
         raise TypeError(
-            f"populations must be 'auto', a population, or a list of them (each a Neurons or a list of (tensor, dim)), "
-            f"got {populations!r:.80}"
+            f"populations must be 'auto', a population, or a list of them (each a Neurons, a list of (tensor, dim), or "
+            f"a mean-field layer, whose blocks it is), got {populations!r:.80}"
         )
-    found = [
-        entry
-        if isinstance(entry, Neurons)
-        else neurons_from(entry, name=f"populations[{i}]", owner=_owner(entry, model))
-        for i, entry in enumerate(entries)
-    ]
+    found = [_population(entry, f"populations[{i}]", model) for i, entry in enumerate(entries)]
     if not found:
         raise ValueError("populations is empty; declare at least one, or pass populations='auto' with a model")
     for population in found:
         check_owned(population, optimizer)
     check_disjoint(found)
     return found
+
+
+def _population(entry: Any, name: str, model: nn.Module | None) -> Neurons | Blocks:
+    if isinstance(entry, Neurons):
+        return entry
+    if isinstance(entry, nn.Module):
+        return Blocks(entry, name)
+    return neurons_from(entry, name=name, owner=_owner(entry, model))
 
 
 def _is_slices(populations: Any) -> bool:
@@ -63,9 +69,14 @@ def owned_ids(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def foreign(population: Neurons, optimizer: Optimizer) -> Slice | None:
-    """The first column that is a parameter to be trained but not one of the optimizer's."""
+def foreign(population: Neurons | Blocks, optimizer: Optimizer) -> Slice | None:
+    """The first column that is a parameter to be trained but not one of the optimizer's.
+
+    Of blocks it is the positions that count: their weights may be trained elsewhere, and their state moves along.
+    """
     owned = owned_ids(optimizer)
+    if isinstance(population, Blocks):
+        return None if id(population.position) in owned else Slice(population.position)
     for column, role in zip(population.slices(population.columns), population.roles, strict=True):
         # a frozen parameter and a buffer belong to no optimizer; an outgoing weight must be trained, or has no gradient
         if (column.tensor.requires_grad or role == "out") and id(column.tensor) not in owned:
@@ -73,7 +84,7 @@ def foreign(population: Neurons, optimizer: Optimizer) -> Slice | None:
     return None
 
 
-def check_owned(population: Neurons, optimizer: Optimizer) -> None:
+def check_owned(population: Neurons | Blocks, optimizer: Optimizer) -> None:
     """Raise ``ValueError`` for a parameter that ``optimizer`` does not own, or tensors on several devices."""
     column = foreign(population, optimizer)
     if column is not None:
@@ -81,6 +92,8 @@ def check_owned(population: Neurons, optimizer: Optimizer) -> None:
             f"{population.name}: the tensor of shape {tuple(column.tensor.shape)} along dimension {column.dim} is not "
             f"one of the optimizer's parameters; add it to the optimizer (add_param_group), or leave the population out"
         )
+    if isinstance(population, Blocks):
+        return  # the layer has checked its own tensors
     devices = {c.tensor.device for c in population.slices(population.columns)}
     if len(devices) > 1:
         raise ValueError(
@@ -95,11 +108,14 @@ def check_owned(population: Neurons, optimizer: Optimizer) -> None:
             )
 
 
-def check_disjoint(populations: Sequence[Neurons]) -> None:
+def check_disjoint(populations: Sequence[Neurons | Blocks]) -> None:
     """Raise ``ValueError`` if two populations move the same dimension of the same tensor."""
+    modules = [p.module for p in populations if isinstance(p, Blocks)]
+    if len({id(m) for m in modules}) < len(modules):
+        raise ValueError("populations names the same layer twice; declare it once")
     seen: dict[tuple[int, int], str] = {}
     for population in populations:
-        for column in population.slices(population.columns):
+        for column in () if isinstance(population, Blocks) else population.slices(population.columns):
             key = (id(column.tensor), column.dim)
             if key in seen:
                 raise ValueError(

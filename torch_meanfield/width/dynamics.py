@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_meanfield.particles import transport_
+from torch_meanfield.particles import place_, transport_
 from torch_meanfield.particles.averages import lineage_of
+from torch_meanfield.particles.rows import places_of
 from torch_meanfield.width import rates
+from torch_meanfield.width.batch import BatchCounter, seen_at
 from torch_meanfield.width.births import steep_values
+from torch_meanfield.width.blocks import Blocks
 from torch_meanfield.width.capture import Recorder, site_of
+from torch_meanfield.width.carried import carry
 from torch_meanfield.width.laws import Initializer, laws_of
 from torch_meanfield.width.neurons import Neurons
-from torch_meanfield.width.newborns import draw, place_, split_
-from torch_meanfield.width.potentials import Averages
+from torch_meanfield.width.newborns import draw, split_
+from torch_meanfield.width.potentials import Averages, read_from
 from torch_meanfield.width.rates import Turnover
-from torch_meanfield.width.rows import places_of
 from torch_meanfield.width.settings import Settings
 
 
@@ -35,7 +39,7 @@ class Event:
         step: the number of optimizer steps taken.
     """
 
-    population: Neurons
+    population: Neurons | Blocks
     index: Tensor
     born: Tensor
     step: int
@@ -54,7 +58,7 @@ class Dynamics:
 
     def __init__(
         self,
-        populations: Sequence[Neurons],
+        populations: Sequence[Neurons | Blocks],
         model: nn.Module | None,
         settings: Settings,
         generator: torch.Generator,
@@ -62,28 +66,41 @@ class Dynamics:
     ) -> None:
         self.populations, self.settings = list(populations), settings
         self.generator, self.initializer = generator, initializer
-        self.laws = [laws_of(p, model) for p in self.populations]
+        self.laws = [laws_of(p, model) if isinstance(p, Neurons) else {} for p in self.populations]
         by_device: dict[torch.device, list[int]] = {}
         for i, p in enumerate(self.populations):
-            by_device.setdefault(p.outgoing[0].tensor.device, []).append(i)
+            by_device.setdefault(read_from(p).device, []).append(i)
             if p.owner is not None:
                 lineage_of(p.owner)  # averaged copies made from now on are known to be such
         self.averages = [Averages([self.populations[i] for i in ids], settings.window) for ids in by_device.values()]
         self.where = {
             i: (a, j) for a, ids in zip(self.averages, by_device.values(), strict=True) for j, i in enumerate(ids)
         }
+        self.batch = BatchCounter(seen_at(self.populations, model), settings.batch_size)
+        self._warned = False
         self.elapsed: list[Any] = [0.0 for _ in self.populations]  # learning rates since the last event
         self.recorders: dict[int, Recorder] = {}
         if settings.steep and settings.births == "reinject" and initializer is None:
             for i, p in enumerate(self.populations):
-                site = site_of(p, model)
+                site = site_of(p, model) if isinstance(p, Neurons) else None
                 if site is not None:
                     self.recorders[i] = Recorder(site, settings.rows, settings.recorded)
+        carry(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        carry(self)
+
+    def averages_of(self, i: int) -> Tensor:
+        """What is known of population i: the rows of :class:`Averages`, a view of shape ``(4, n)``."""
+        averages, j = self.where[i]
+        return averages.of(j)
 
     # -- every step --------------------------------------------------------------------------------------------
 
     def read(self, optimizer: Optimizer) -> None:
         """Take in the potentials of this step, before the parameters move."""
+        self.batch.step()
         for averages in self.averages:
             averages.read(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
 
@@ -93,13 +110,15 @@ class Dynamics:
             return
         rate = {id(p): group.get("lr", 0.0) for group in optimizer.param_groups for p in group["params"]}
         for i, population in enumerate(self.populations):
-            self.elapsed[i] = self.elapsed[i] + rate.get(id(population.outgoing[0].tensor), 0.0)
+            self.elapsed[i] = self.elapsed[i] + rate.get(id(read_from(population)), 0.0)
 
     def watch(self, clock: int) -> None:
         """Have the landscape recorded over the last steps before an event."""
-        if not self.recorders:
-            return
         begins = (clock + self.settings.recorded) % self.settings.every == 0
+        if begins:
+            self.batch.start()
+        else:
+            self.batch.resume()
         for i, recorder in self.recorders.items():
             if begins and not frozen(self.populations[i]):
                 recorder.start()
@@ -113,43 +132,63 @@ class Dynamics:
         self.elapsed = [0.0 for _ in self.populations]
         for recorder in self.recorders.values():
             recorder.stop()
+        self.batch.stop()
 
     # -- every so many steps -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def event(self, optimizer: Optimizer, clock: int) -> list[Event]:
         """Kill and give birth in every population. One read from the device, for all of them together."""
-        decisions = {i: self._decide(i) for i, p in enumerate(self.populations) if not frozen(p)}
+        batch = self.batch.size() if self.settings.scheme == "standing_out" else None
+        if batch is None and self.settings.scheme == "standing_out" and self.settings.rate:
+            self._warn_of_unknown_batch()
+        decisions = {i: self._decide(i, batch) for i, p in enumerate(self.populations) if not frozen(p)}
         counts = self._read_counts(decisions)
         events = []
-        for (i, turnover), (moved, born, harmful) in zip(decisions.items(), counts, strict=True):
+        due = list(zip(decisions.items(), counts, strict=True))
+        # blocks last: what was decided of the neurons inside them is told by place
+        due.sort(key=lambda entry: isinstance(self.populations[entry[0][0]], Blocks))
+        for (i, turnover), (moved, born, harmful) in due:
             self.elapsed[i] = 0.0
             if moved:
                 events.append(self._carry_out(i, turnover, moved, born, harmful, optimizer, clock))
         for recorder in self.recorders.values():
             recorder.stop()
+        self.batch.stop()
         return events
 
-    def _decide(self, i: int) -> Turnover:
+    def _warn_of_unknown_batch(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "BirthDeathOptimizer does not know how many samples a step has (it has no model=, or one that was "
+                "compiled before), so no unit is replaced as harmful, only dead ones are; pass batch_size=",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _decide(self, i: int, batch: float | None) -> Turnover:
         s, (averages, j) = self.settings, self.where[i]
+        blocks = isinstance(self.populations[i], Blocks)  # they are cloned: nothing could be drawn in their place
         n, device = self.populations[i].size, averages.device
         mean, coherence, mature = averages.mean(j), averages.coherence(j), averages.mature(j)
         if s.scheme == "exact":
             # A unit that has not been watched yet stands where the others are on average.
             mean = torch.where(mature, mean, torch.where(mature, mean, 0).sum() / mature.sum().clamp_min(1))
             draws = self._uniform((4, n), device, mean.dtype)
-            turnover = rates.exact(mean, s.rate * self.elapsed[i], draws, fresh=s.births == "reinject")
+            turnover = rates.exact(mean, s.rate * self.elapsed[i], draws, fresh=s.births == "reinject" and not blocks)
         else:
             quiet = averages.of(j)[3]
-            harmful, dead = rates.standing_out(mean, coherence, mature, quiet, s.rate, s.coherence, s.window)
+            removal = torch.ones_like(mean) if batch is None else rates.removal(mean, averages.square(j), batch)
+            harmful, dead = rates.standing_out(mean, coherence, mature, quiet, removal, s.rate, s.coherence, s.window)
             if not s.rate:
                 harmful, dead = torch.zeros_like(harmful), torch.zeros_like(dead)
-            if s.births == "reinject":
+            if s.births == "reinject" and not blocks:
                 turnover = rates.reborn(harmful, dead)
             else:
                 good = mature & (coherence < -s.coherence)
                 turnover = rates.from_parents(harmful, dead, good, self._uniform((n,), device, mean.dtype))
-        if s.reinject:
+        if s.reinject and not blocks:
             turnover = rates.add_reinjection(turnover, s.reinject, self._uniform((n,), device, mean.dtype))
         return turnover
 
@@ -159,7 +198,7 @@ class Dynamics:
             return []
         device = self.averages[0].device
         fine = torch.stack([a.ok.to(device) for a in self.averages]).all()
-        grads = [c.tensor.grad for i in decisions for c in _slices(self.populations[i]) if c.tensor.grad is not None]
+        grads = [t.grad for i in decisions for t in _tensors(self.populations[i]) if t.grad is not None]
         if grads:
             fine = fine & torch.stack([g.sum().isfinite().to(device) for g in grads]).all()
         counts = torch.stack([t.counts().to(device) for t in decisions.values()])
@@ -170,6 +209,9 @@ class Dynamics:
         self, i: int, turnover: Turnover, moved: int, born: int, harmful: int, optimizer: Optimizer, clock: int
     ) -> Event:
         population, (averages, j) = self.populations[i], self.where[i]
+        if isinstance(population, Blocks):
+            index = population.resample_(turnover.index, [optimizer])  # the averages follow its motion: see carry
+            return Event(population, index, index.new_empty(0), clock)
         if moved > born:
             transport_(population, turnover.index, optimizers=[optimizer], cause="birth_death")
             averages.move_(j, turnover.index)
@@ -184,7 +226,7 @@ class Dynamics:
             values = draw(population, self.laws[i], born, generator, self.initializer)
             if i in self.recorders:
                 steep_values(population, self.recorders[i], self.laws[i], values, harmful, self.settings, generator)
-            place_(population, places, values, [optimizer])
+            place_(population, places, values, optimizers=[optimizer], cause="birth_death")
             averages.forget_(j, places)
         return Event(population, turnover.index, places, clock)
 
@@ -198,13 +240,15 @@ class Dynamics:
         return torch.Generator(device).manual_seed(seed)
 
 
-def frozen(population: Neurons) -> bool:
+def frozen(population: Neurons | Blocks) -> bool:
     """Whether one of its parameters is not being trained: then nothing may change in it."""
-    return any(isinstance(c.tensor, nn.Parameter) and not c.tensor.requires_grad for c in _slices(population))
+    return any(isinstance(t, nn.Parameter) and not t.requires_grad for t in _tensors(population))
 
 
-def _slices(population: Neurons) -> Sequence[Any]:
-    return population.slices(population.columns)
+def _tensors(population: Neurons | Blocks) -> list[Tensor]:
+    if isinstance(population, Blocks):
+        return population.parameters()
+    return [c.tensor for c in population.slices(population.columns)]
 
 
 Callback = Callable[[Event], None]

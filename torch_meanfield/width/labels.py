@@ -141,4 +141,3 @@ class _Fresh(nn.Module):
         self.model.train()
         self.model.eval()
         return self.model(*args, **kwargs)
-

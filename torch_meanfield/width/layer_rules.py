@@ -110,13 +110,21 @@ def matmul(ledger: Ledger, call: Call) -> Tracks:
     out = batch + ("x" if a.ndim > 1 else "") + ("z" if b.ndim > 1 else "")
     weight = ledger.is_parameter(b) and not ledger.is_parameter(a)
     tracks = contract(
-        ledger, ledger.state(a).tracks, dims_of(a, a_letters), ledger.state(b).tracks, dims_of(b, b_letters), out,
+        ledger,
+        ledger.state(a).tracks,
+        dims_of(a, a_letters),
+        ledger.state(b).tracks,
+        dims_of(b, b_letters),
+        out,
         weight=weight,
     )
     if call.name in ("baddbmm", "addmm"):
         added, state = call.args[0], ledger.state(call.args[0])
         tracks, _ = elementwise(
-            ledger, tracks, set(range(len(out))), pad_left(state.tracks, len(out)),
+            ledger,
+            tracks,
+            set(range(len(out))),
+            pad_left(state.tracks, len(out)),
             values_vary(ledger, added, state, len(out)),
         )
     return tracks
@@ -135,7 +143,12 @@ def einsum(ledger: Ledger, call: Call) -> Tracks | None:
         return None
     a, b = operands
     return contract(
-        ledger, ledger.state(a).tracks, dims_of(a, first), ledger.state(b).tracks, dims_of(b, second), out,
+        ledger,
+        ledger.state(a).tracks,
+        dims_of(a, first),
+        ledger.state(b).tracks,
+        dims_of(b, second),
+        out,
         weight=ledger.is_parameter(b),
     )
 
@@ -153,9 +166,7 @@ def attention(ledger: Ledger, call: Call) -> Tracks:
             ledger, scores, set(range(q.ndim)), pad_left(state.tracks, q.ndim), values_vary(ledger, mask, state, q.ndim)
         )
     sizes = {**dims[0], **dims[1]}
-    return contract(
-        ledger, scores, {c: sizes[c] for c in lead + "xy"}, ledger.state(v).tracks, dims[2], lead + "xz"
-    )
+    return contract(ledger, scores, {c: sizes[c] for c in lead + "xy"}, ledger.state(v).tracks, dims[2], lead + "xz")
 
 
 def multi_head_attention(ledger: Ledger, call: Call) -> list[Tracks] | None:
@@ -180,8 +191,13 @@ def multi_head_attention(ledger: Ledger, call: Call) -> list[Tracks] | None:
     blocks = ledger.collapse(rows[0].reshape(3, heads, width // heads), (0, 2)).expand(1, heads, width // heads)
     out_w, out_b = given["out_proj_weight"], given["out_proj_bias"]
     tracks = contract(
-        ledger, [compact(blocks.reshape(1, 1, width))], {"a": 2, "b": 2, "y": width},
-        ledger.state(out_w).tracks, dims_of(out_w, "zy"), "abz", weight=True,
+        ledger,
+        [compact(blocks.reshape(1, 1, width))],
+        {"a": 2, "b": 2, "y": width},
+        ledger.state(out_w).tracks,
+        dims_of(out_w, "zy"),
+        "abz",
+        weight=True,
     )
     return [_with_bias(ledger, tracks, out_b, 2, 3), ()]
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from torch_meanfield.particles.averages import lineage_of
-from torch_meanfield.particles.optimizer_state import known_optimizers
+from torch_meanfield.particles.rows import read_rows, scale_rows_, write_rows_
 from torch_meanfield.width.laws import Initializer, Law, particle_shape
 from torch_meanfield.width.neurons import Neurons
-from torch_meanfield.width.rows import forget_rows_, read_rows, scale_rows_, write_rows_
 
 
 def draw(
@@ -35,28 +30,6 @@ def _flat(value: Tensor, population: Neurons, i: int) -> Tensor:
     """``value`` as the user's tensor has it, particles along its own dimension (a view)."""
     column = population.slices(population.columns)[i]
     return value.flatten(column.dim, column.dim + 2) if column.outer == column.inner == 1 else value
-
-
-def place_(population: Neurons, places: Tensor, values: dict[int, Tensor], optimizers: Iterable[Optimizer]) -> None:
-    """Write newborn units into ``places``, in place, with fresh gradients and optimizer state.
-
-    Averaged copies that follow the population's owner take the newborn units over as they are: an average with
-    the unit that died there would be of neither.
-    """
-    known = known_optimizers(optimizers)
-    columns = population.slices(population.columns)
-    for i, column in enumerate(columns):
-        write_rows_(column, places, values[i])
-        forget_rows_(column, places, known)
-    if population.owner is None:
-        return
-    for follower in list(lineage_of(population.owner).followers):
-        copy = follower.module() if follower.module is not None else None
-        if copy is None or not follower.following:
-            continue
-        twin = population.within(copy)
-        for i, column in enumerate(twin.slices(twin.columns)):
-            write_rows_(column, places.to(column.tensor.device), values[i].to(column.tensor.device))
 
 
 def split_(population: Neurons, index: Tensor, jitter: float, generator: torch.Generator) -> None:

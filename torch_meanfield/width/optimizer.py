@@ -15,6 +15,7 @@ from torch_meanfield.particles.optimizer_state import check_state
 from torch_meanfield.particles.population import Slice
 from torch_meanfield.width import saved
 from torch_meanfield.width.auto import Glimpse, discovered
+from torch_meanfield.width.blocks import Blocks
 from torch_meanfield.width.declared import declared
 from torch_meanfield.width.dynamics import Dynamics, Event
 from torch_meanfield.width.laws import Initializer
@@ -22,7 +23,7 @@ from torch_meanfield.width.neurons import Neurons
 from torch_meanfield.width.settings import Births, Scheme, Settings
 from torch_meanfield.width.shared import SharingOptimizer, with_own_hooks
 
-Declared = Neurons | Sequence[Slice | tuple[Tensor, int]]
+Declared = Neurons | nn.Module | Sequence[Slice | tuple[Tensor, int]]
 
 
 class BirthDeathOptimizer(SharingOptimizer):
@@ -32,10 +33,12 @@ class BirthDeathOptimizer(SharingOptimizer):
     read at each step from gradients that exist anyway and averaged over steps. At an event, in each population,
 
     - ``scheme="standing_out"`` (the default) replaces units whose averaged potential is positive and stands out of
-      its own noise (they do harm: the loss falls as they shrink), and units whose potential has been exactly 0
-      for a whole window (they reach nothing: dead ReLUs). Nothing in it has a unit of measurement, so it needs no
-      tuning from layer to layer; this is why it is the default. Rates proportional to V, read off a mini-batch,
-      are mostly noise, differ by orders of magnitude between layers, and destroy good units.
+      its own noise (the loss falls as they shrink) if the loss is expected to fall when they are gone, too
+      (:func:`~torch_meanfield.width.rates.removal`), and units whose potential has been exactly 0 for a whole window
+      (they reach nothing: dead ReLUs). It needs no tuning from layer to layer; this is why it is the default. Rates
+      proportional to V, read off a mini-batch, are mostly noise, differ by orders of magnitude between layers, and
+      destroy good units. Where the loss is not a negative log-likelihood (or a mean square) of natural scale, scale
+      it: the expected fall weighs V against its square.
     - ``scheme="exact"`` is the theory, (34) and (37):
       :math:`\partial_t\mu = \nabla\cdot(\mu\nabla V) - \alpha (V - \bar V)\mu` with alpha = ``rate``. Time is the
       sum of the learning rates (see :func:`~torch_meanfield.width.potentials.potential` for the factor n); the
@@ -53,6 +56,11 @@ class BirthDeathOptimizer(SharingOptimizer):
     - ``births="split"``: half of another unit (outgoing weights shared, so that the function is kept), slightly
       moved. ``births="clone"``: an exact duplicate, as published. Optimizer state moves along with both.
 
+    The residual blocks of a mean-field layer with learnable times are a population too: the potential of a block is
+    its step size times the loss's derivative by it; a dead block leaves its time to a neighbour, and a clone shares
+    its parent's interval, so that the function changes by :math:`O(\Delta\tau^2)`. Blocks are always cloned,
+    whatever ``births`` says.
+
     Everything stays on the device, with one read per event and none on other steps. Nothing happens on a step that
     was skipped by a ``GradScaler``, on gradients that are not finite, and in populations with a frozen parameter.
 
@@ -61,10 +69,10 @@ class BirthDeathOptimizer(SharingOptimizer):
         model: the module whose units these are, the one that is called. Needed by ``populations="auto"``; for
             declared populations it finds the layers' initialisers and lets averaged copies follow.
         populations: ``"auto"``: found by :func:`~torch_meanfield.width.find_populations` and proven; or a population,
-            or a list of them, each a :class:`~torch_meanfield.width.Neurons` or a list of ``(tensor, dim)`` whose
-            last entry is the outgoing weights.
+            or a list of them, each a :class:`~torch_meanfield.width.Neurons`, a list of ``(tensor, dim)`` whose
+            last entry is the outgoing weights, or a mean-field layer, whose blocks are meant.
         rate: ``standing_out``: the largest share of a population replaced as harmful in one event, rounded down, so
-            that a handful of units (attention heads) loses none that works; ``exact``: alpha.
+            that a handful of units (attention heads, the blocks of a stage) loses none that works; ``exact``: alpha.
             0 (with ``reinject=0``) gives the wrapped optimizer bit for bit.
         every: steps from one event to the next.
         births: ``"reinject"``, ``"split"`` or ``"clone"``; ``None``: ``"clone"`` under ``exact``, else ``"reinject"``.
@@ -77,6 +85,8 @@ class BirthDeathOptimizer(SharingOptimizer):
         candidates: draws of which the steepest are taken; fewer in wide layers, so that an event stays cheap.
         window: steps over which potentials are averaged; ``None``: half of ``every``, 1 under ``exact``.
         threshold: how far a potential must stand out, in standard errors of its own average.
+        batch_size: samples whose mean a step's gradient is, over all ranks; ``None``: counted at a layer of ``model``.
+            Without either no unit is replaced as harmful, and a warning says so.
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
             place, newborn units along the column's dimension; ``None``: the layer's own law, else normal draws with
             the moments the column had when it was wrapped.
@@ -125,6 +135,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         candidates: int = 1024,
         window: float | None = None,
         threshold: float = 3.0,
+        batch_size: int | None = None,
         initializer: Initializer | None = None,
         example_input: Any = None,
         seed: int = 0,
@@ -135,7 +146,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         if window is None:
             window = 1.0 if scheme == "exact" else max(1.0, every / 2) if isinstance(every, int) else 1.0
         self.settings = Settings(
-            rate, every, births, scheme, reinject, bool(steep), mass, candidates, window, threshold
+            rate, every, births, scheme, reinject, bool(steep), mass, candidates, window, threshold, batch_size
         )
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
@@ -165,11 +176,11 @@ class BirthDeathOptimizer(SharingOptimizer):
             self._settle(declared(populations, model, optimizer))
 
     @property
-    def populations(self) -> list[Neurons]:
+    def populations(self) -> list[Neurons | Blocks]:
         """The populations that are acted on."""
         return [] if self._dynamics is None else list(self._dynamics.populations)
 
-    def _settle(self, populations: list[Neurons]) -> None:
+    def _settle(self, populations: list[Neurons | Blocks]) -> None:
         dynamics = Dynamics(populations, self._model, self.settings, self._generator, self._initializer)
         if self._pending is not None:
             saved.check(self._pending, dynamics)
@@ -325,6 +336,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         self._glimpse = Glimpse(self._model) if glimpsing and self._model is not None else None
         if self._dynamics is not None:
             self._dynamics.generator = self._generator
+            self._dynamics.batch.resume()
             for recorder in self._dynamics.recorders.values():
                 recorder.resume()
         self._make_hooks()

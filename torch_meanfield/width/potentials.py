@@ -2,17 +2,19 @@ r"""Potentials: what the loss says of each unit, read off gradients that exist a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from torch_meanfield.particles import Slice
 from torch_meanfield.particles.copying import whole
+from torch_meanfield.width.blocks import Blocks
 from torch_meanfield.width.neurons import Neurons
 
 
-def potential(population: Neurons) -> Tensor | None:
+def potential(population: Neurons | Blocks) -> Tensor | None:
     r"""The potential of every unit at the present weights and gradients; shape ``(n,)``, float32 (float64 kept).
 
     .. math:: V_i = \sum_{k} a_{ik}\, \partial E / \partial a_{ik}
@@ -21,12 +23,24 @@ def potential(population: Neurons) -> Tensor | None:
     variation :math:`V(\theta_i) = E[(f(x) - y)\,\varphi(x, \theta_i)]` of the energy; the factor cancels against the
     learning rate, which is then n times the time step, so that ``lr * V_i`` is the same number in either scaling.
 
+    Of residual blocks it is the derivative by the logarithm of their step size; see there.
+
     Returns:
         ``None`` if an outgoing weight has no gradient.
 
     Source: Rotskoff et al. 2019; Rotskoff 2020, (22), by the homogeneity (5).
     """
-    return _total(population.outgoing)
+    return _reader(population)()
+
+
+def _reader(population: Neurons | Blocks) -> Callable[[], Tensor | None]:
+    """What reads the potentials of ``population``; its columns are looked up once, not at every step."""
+    return population.potential if isinstance(population, Blocks) else partial(_total, population.outgoing)
+
+
+def read_from(population: Neurons | Blocks) -> Tensor:
+    """The parameter that tells a population's device and whose learning rate is its clock."""
+    return population.position if isinstance(population, Blocks) else population.outgoing[0].tensor
 
 
 def _total(outgoing: Sequence[Slice]) -> Tensor | None:
@@ -57,13 +71,13 @@ class Averages:
 
     With :math:`\beta = 1 - 1/\text{window}` and the weight :math:`w` of what has been seen,
 
-    .. math:: m_i \leftarrow \beta m_i + (1-\beta) V_i, \quad s_i \leftarrow \beta s_i + (1-\beta) |V_i|,
+    .. math:: m_i \leftarrow \beta m_i + (1-\beta) V_i, \quad q_i \leftarrow \beta q_i + (1-\beta) V_i^2,
               \quad w_i \leftarrow \beta w_i + (1-\beta)
 
-    and :math:`m_i / w_i` is the averaged potential, :math:`s_i / w_i` its size step by step. A unit whose potential
-    only fluctuates has :math:`|m_i| \ll s_i`. ``quiet`` counts the steps in a row at which it was exactly 0, which
-    is a unit that reaches nothing (a dead ReLU). The four are rows of one tensor, so that one step costs a handful
-    of small operations whatever the number of populations.
+    and :math:`m_i / w_i` is the averaged potential, :math:`q_i / w_i` its mean square step by step. A unit whose
+    potential only fluctuates has :math:`m_i^2 \ll q_i w_i`. ``quiet`` counts the steps in a row at which it was
+    exactly 0, which is a unit that reaches nothing (a dead ReLU). The four are rows of one tensor, so that one step
+    costs a handful of small operations whatever the number of populations.
 
     Kept here and not in ``optimizer.state``: optimizers initialise lazily on an empty state, and loading one casts
     what is in it to the parameter's dtype.
@@ -73,19 +87,18 @@ class Averages:
         window: length of the average in steps.
     """
 
-    def __init__(self, populations: Sequence[Neurons], window: float) -> None:
+    def __init__(self, populations: Sequence[Neurons | Blocks], window: float) -> None:
         self.populations = list(populations)
         self.decay = 1 - 1 / window
-        self._outgoing = [p.outgoing for p in self.populations]  # asked for at every step
-        first = self.populations[0].outgoing[0].tensor
-        double = any(c.tensor.dtype == torch.float64 for p in self.populations for c in p.outgoing)
+        self._readers = [_reader(p) for p in self.populations]
+        double = any(read_from(p).dtype == torch.float64 for p in self.populations)
         self.sizes = [p.size for p in self.populations]
-        self.dtype, self.device = torch.float64 if double else torch.float32, first.device
+        self.dtype, self.device = torch.float64 if double else torch.float32, read_from(self.populations[0]).device
         self.table = torch.zeros(4, sum(self.sizes), dtype=self.dtype, device=self.device)
         self.ok = torch.ones((), dtype=torch.bool, device=self.device)
 
     def of(self, i: int) -> Tensor:
-        """The rows (m, s, w, quiet) of population i; shape ``(4, n)``, a view."""
+        """The rows (m, q, w, quiet) of population i; shape ``(4, n)``, a view."""
         start = sum(self.sizes[:i])
         return self.table[:, start : start + self.sizes[i]]
 
@@ -97,7 +110,7 @@ class Averages:
             scale: what the gradients are still multiplied by (a ``GradScaler`` over a fused optimizer).
             found_inf: not 0 if the optimizer will skip this step on the device.
         """
-        values = [_total(columns) for columns in self._outgoing]
+        values = [read() for read in self._readers]
         seen = [v for v in values if v is not None]
         if not seen:
             return
@@ -116,7 +129,7 @@ class Averages:
         self.ok = ok
         keep = ok if present is None else ok & present.bool()
         zero = value == 0
-        new = torch.stack([value, value.abs(), torch.ones_like(value), zero.to(self.dtype)])
+        new = torch.stack([value, value.square(), torch.ones_like(value), zero.to(self.dtype)])
         # rows 0..2 are averages; row 3 counts
         averaged = self.table[:3].lerp(new[:3], 1 - self.decay)
         counted = (self.table[3] + 1) * new[3]
@@ -134,9 +147,13 @@ class Averages:
         return rows[0] / rows[2].clamp_min(torch.finfo(self.dtype).tiny)
 
     def coherence(self, i: int) -> Tensor:
-        r""":math:`m_i / s_i` in [-1, 1]: 1 if the potential had the same sign at every step, near 0 if it is noise."""
+        r"""Averaged potential over its root mean square, in [-1, 1]: 1 if it was the same always, near 0 if noise."""
+        return self.mean(i) / self.square(i).sqrt().clamp_min(torch.finfo(self.dtype).tiny)
+
+    def square(self, i: int) -> Tensor:
+        """Averaged squares of the potentials of population i, shape ``(n,)``; 0 where nothing has been seen."""
         rows = self.of(i)
-        return rows[0] / rows[1].clamp_min(torch.finfo(self.dtype).tiny)
+        return rows[1] / rows[2].clamp_min(torch.finfo(self.dtype).tiny)
 
     def move_(self, i: int, index: Tensor) -> None:
         """The averages go where their particles go: ``new[j] = old[index[j]]``."""

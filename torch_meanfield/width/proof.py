@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_meanfield.observe import private_copy, run, tensors_in, undisturbed
+from torch_meanfield.observe.randomise import Draws, draw_, nudge_, randomise_
 from torch_meanfield.particles import Population, Slice, transport_
 from torch_meanfield.particles.population import named_tensors
 from torch_meanfield.width.neurons import Neurons
-from torch_meanfield.width.randomise import Draws, draw_, nudge_, randomise_
 
 UNCHANGED = 1e-10  # relative; true populations reach 1e-14
 CHANGED = 1e-7  # a thousand times that: what the proof could not see, it must not call unchanged

@@ -82,17 +82,26 @@ def exact(potential: Tensor, rate_dt: Tensor | float, draws: Tensor, *, fresh: b
 
 
 def standing_out(
-    mean: Tensor, coherence: Tensor, mature: Tensor, quiet: Tensor, share: float, threshold: float, window: float
+    mean: Tensor,
+    coherence: Tensor,
+    mature: Tensor,
+    quiet: Tensor,
+    removal: Tensor,
+    share: float,
+    threshold: float,
+    window: float,
 ) -> tuple[Tensor, Tensor]:
-    r"""Who is to be replaced, whatever the units of measurement: the scale-free default.
+    r"""Who is to be replaced: the default, which needs no tuning from layer to layer.
 
-    A unit is *harmful* if its averaged potential is positive (the loss falls as its outgoing weights shrink) and
-    stands out of its own noise, :math:`m_i > \kappa s_i` with the averages m of the potential and s of its size:
-    for pure noise the ratio is of the order :math:`\text{window}^{-1/2}` whatever the layer, the loss or the
-    learning rate. It is *dead* if its potential was exactly 0 at every step of a window: no gradient can wake it.
+    A unit is *harmful* if its averaged potential is positive (the loss falls as its outgoing weights shrink), if it
+    stands out of its own noise, :math:`m_i > \kappa s_i` with m the average of the potential and s its root mean
+    square (for pure noise the ratio is of the order :math:`\text{window}^{-1/2}` whatever the layer, the loss or the
+    learning rate), and if the loss is expected to fall not only as it shrinks a little but when it is gone, see
+    :func:`removal`. It is *dead* if its potential was exactly 0 at every step of a window: no gradient can wake it.
 
     Args:
         mean, coherence, mature, quiet: see :class:`~torch_meanfield.width.potentials.Averages`; shape ``(n,)``.
+        removal: expected change of the loss when the unit is taken away, shape ``(n,)``.
         share: the largest share of the n units that may be replaced as harmful in one event, rounded down: a population
             of a few units (attention heads) loses none that works.
         threshold: kappa.
@@ -103,7 +112,7 @@ def standing_out(
     """
     n = mean.numel()
     dead = mature & (quiet >= window)
-    harmful = mature & ~dead & (coherence > threshold) & (mean > 0)
+    harmful = mature & ~dead & (coherence > threshold) & (mean > 0) & (removal < 0)
     most = int(share * n)
     if most == 0:
         return torch.zeros_like(harmful), dead
@@ -114,6 +123,28 @@ def standing_out(
         above, ties = ranked > least, ranked == least
         harmful = harmful & (above | (ties & (ties.cumsum(0) <= most - above.sum())))
     return harmful, dead
+
+
+def removal(mean: Tensor, square: Tensor, batch_size: float) -> Tensor:
+    r"""The expected change of the loss when a unit's outgoing weights go to 0, to second order; shape ``(n,)``.
+
+    .. math:: E(0) - E(1) \approx -V + \tfrac12 H, \qquad
+              H \approx E_r[v_r^2] = B\,\mathrm{Var}(V) + V^2
+
+    in the scale of the outgoing weights. The curvature H is Fisher's (the loss taken as a negative log-likelihood):
+    the mean square of what single samples r say, v_r, of which V is the mean over B; so the noise of V from step to
+    step, times B, tells it. A useful unit near its best size has a small V of steady sign
+    and a large H: at a low learning rate its potential stands out, and taking it away would cost. Measured on a
+    ResNet-8 on Fashion-MNIST, every unit with a negative estimate could be removed at a gain, and the true cost of
+    the others was above the estimate, about tenfold.
+
+    Args:
+        mean, square: averages of V and of its square over steps, shape ``(n,)``, see
+            :class:`~torch_meanfield.width.potentials.Averages`.
+        batch_size: B, samples in a step.
+    """
+    noise = (square - mean.square()).clamp_min(0)
+    return (batch_size * noise + mean.square()) / 2 - mean
 
 
 def reborn(harmful: Tensor, dead: Tensor) -> Turnover:

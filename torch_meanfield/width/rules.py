@@ -63,9 +63,7 @@ def is_residual(a: State, b: State) -> bool:
     if not (a.sources and b.sources and a.history & b.history):
         return False
     ends = a.sources | b.sources
-    through = (a.sources != b.sources) and (
-        a.sources & b.history == a.sources or b.sources & a.history == b.sources
-    )
+    through = (a.sources != b.sources) and (a.sources & b.history == a.sources or b.sources & a.history == b.sources)
     return through or bool((a.history ^ b.history) & ~ends)
 
 

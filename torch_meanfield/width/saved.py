@@ -10,7 +10,7 @@ from torch_meanfield.width.dynamics import Dynamics
 from torch_meanfield.width.laws import Law
 
 KEY = "birth_death"
-VERSION = 1
+VERSION = 2
 
 
 def pack(dynamics: Dynamics | None, clock: int, generator: torch.Generator) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def pack(dynamics: Dynamics | None, clock: int, generator: torch.Generator) -> d
         "version": VERSION,
         "clock": clock,
         "generator": generator.get_state(),
+        "batch": None if dynamics is None else dynamics.batch.state(),
         "populations": populations if dynamics is not None else None,
     }
 
@@ -71,6 +72,8 @@ def check(saved: dict[str, Any], dynamics: Dynamics) -> None:
 
 def unpack_(saved: dict[str, Any], dynamics: Dynamics) -> None:
     """Load the populations' part, after :func:`check`. Values keep the dtype they were saved in."""
+    if saved.get("batch") is not None:
+        dynamics.batch.load(saved["batch"])
     for i, entry in enumerate(saved["populations"] or []):
         averages, j = dynamics.where[i]
         averages.of(j).copy_(entry["averages"])

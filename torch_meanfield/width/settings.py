@@ -32,6 +32,7 @@ class Settings:
     candidates: int
     window: float
     threshold: float
+    batch_size: int | None = None
     jitter: float = 0.01
     rows: int = 4096  # sampled rows for the landscape, per population
 
@@ -55,6 +56,11 @@ class Settings:
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        size = self.batch_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+            raise TypeError(f"batch_size must be an integer or None, got {size!r}")
+        if size is not None and size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {size}")
         if self.births not in BIRTHS:
             raise ValueError(f"births must be one of {BIRTHS}, got {self.births!r}")
         if self.scheme not in SCHEMES:
@@ -67,12 +73,11 @@ class Settings:
 
     @property
     def coherence(self) -> float:
-        r"""The least ratio of average to average size that ``threshold`` standard errors amount to.
+        r"""The least ratio of average to root mean square that ``threshold`` standard errors amount to.
 
-        For normal noise of deviation s, the average size is s sqrt(2/pi), and an exponential average with weights
-        1/window has the deviation s / sqrt(2 window - 1).
+        An exponential average with weights 1/window of noise of deviation s has the deviation s / sqrt(2 window - 1).
         """
-        return self.threshold * math.sqrt(math.pi / 2 / (2 * self.window - 1))
+        return self.threshold / math.sqrt(2 * self.window - 1)
 
     @property
     def active(self) -> bool:

@@ -60,12 +60,21 @@ class Landscape:
         bad = ~self.g.flatten(1).isfinite().all(1)
         self.g = torch.where(bad.view(-1, *[1] * (self.g.ndim - 1)), 0, self.g)
 
+    def before(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """w . x for all rows and candidates: ``(rows, k)`` or ``(images, k, *size)``."""
+        if self.site.linear:
+            return F.linear(self.x, weight, bias)
+        h: Tensor = self.site.first._conv_forward(self.x, weight, bias)
+        return h
+
+    def statistics(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and variance of w . x over the rows, what a batch norm would keep of these units; ``(k,)`` each."""
+        h = self.before(weight, bias).transpose(0, 1).flatten(1)
+        return h.mean(1), h.var(1, correction=min(1, h.shape[1] - 1))
+
     def units(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """phi(x; w) for all rows and candidates: ``(rows, k)`` or ``(images, k, *size)``."""
-        if self.site.linear:
-            h = F.linear(self.x, weight, bias)
-        else:
-            h = self.site.first._conv_forward(self.x, weight, bias)
+        h = self.before(weight, bias)
         if self.site.norm is not None:
             h = F.batch_norm(h, None, None, training=True)
         return self.activation(h)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_meanfield.particles import Slice
 from torch_meanfield.particles.copying import is_sharded, whole, write_
+from torch_meanfield.particles.population import Slice
 
 
 def places_of(mask: Tensor, count: int) -> Tensor:

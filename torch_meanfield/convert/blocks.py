@@ -1,0 +1,170 @@
+"""Residual blocks in the graph of a forward pass, and the parameters that scale each of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from torch_meanfield.convert.algebra import NotScalable, powers
+from torch_meanfield.convert.likeness import Description, Reads, describe
+from torch_meanfield.convert.residual import Addition, additions, nested_additions, origin
+from torch_meanfield.convert.trace import ModuleCall, Trace, Value
+
+
+@dataclass(eq=False)
+class Scaled:
+    """One parameter that takes a power of the step.
+
+    Attributes:
+        site: qualified name, inside the block, of the module during whose forward pass the parameter is scaled.
+        owner, name: the parameter inside the block.
+        power: 1 or -1.
+    """
+
+    site: str
+    owner: str
+    name: str
+    power: int
+
+    @property
+    def path(self) -> str:
+        """Qualified name of the parameter inside the block."""
+        return f"{self.owner}.{self.name}" if self.owner else self.name
+
+
+@dataclass(eq=False)
+class Block:
+    """One residual block of a model.
+
+    Attributes:
+        name: qualified.
+        call: its one call in the forward pass.
+        branches: the residual additions.
+        scaled: what takes the step; empty if ``reason`` is given.
+        description: what must be alike in blocks that change places.
+        reason: why it cannot become a particle.
+    """
+
+    name: str
+    call: ModuleCall
+    branches: list[Addition]
+    scaled: list[Scaled] = field(default_factory=list)
+    description: Description = field(default_factory=dict)
+    reason: str | None = None
+
+
+def find_blocks(model: nn.Module, record: Trace, reads: Reads, *, nested: bool) -> list[Block]:
+    """Every residual block of ``model`` in the order of execution, also blocks within blocks.
+
+    Args:
+        model: the private copy that ran.
+        record: of the forward pass.
+        reads: attributes read in it.
+        nested: take modules that keep their input's shape and merely hold residual modules too.
+    """
+    times = Counter(call.name for call in record.calls)
+    modules = dict(model.named_modules())
+    outside = _names_by_parameter(model)
+    found = []
+    for call in record.calls:
+        if not call.name:
+            continue
+        branches = additions(call)
+        if nested and not branches and _keeps_shape(call):
+            branches = nested_additions(call)
+        module = modules[call.name]
+        if not branches or not any(True for _ in module.parameters()):
+            continue
+        block = Block(call.name, call, branches)
+        if times[call.name] > 1:
+            block.reason = f"it is called {times[call.name]} times in one forward pass"
+        else:
+            block.reason = _shared(call.name, module, outside)
+        block.description = describe(module, reads)
+        if block.reason is None:
+            try:
+                block.scaled = _scaled_parameters(record, call, branches, modules)
+                block.description |= {f"step on {s.path}": (s.site, s.power) for s in block.scaled}
+            except NotScalable as error:
+                block.reason = str(error)
+        found.append(block)
+    return found
+
+
+def _keeps_shape(call: ModuleCall) -> bool:
+    return bool(call.inputs and call.outputs) and call.inputs[0].shape == call.outputs[0].shape
+
+
+def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return names
+
+
+def _shared(name: str, module: nn.Module, names: dict[int, list[str]]) -> str | None:
+    for own, p in module.named_parameters():
+        for other in names[id(p)]:
+            if not other.startswith(f"{name}."):
+                return f"it shares its parameter {own!r} with {other!r}; a particle must own its tensors"
+    return None
+
+
+def _scaled_parameters(
+    record: Trace, call: ModuleCall, branches: list[Addition], modules: dict[str, nn.Module]
+) -> list[Scaled]:
+    span = range(call.start, call.end)
+    result = powers(record, span, [a.branch for a in branches], [v for a in branches for v in a.node.outputs])
+    prefix = f"{call.name}."
+    scaled = []
+    for value, power in result.items():
+        if not value.name.startswith(prefix):
+            raise NotScalable(f"its last affine layer {value.name!r} is not inside the block")
+        if any(not span.start <= node.index < span.stop for node in record.readers[value]):
+            raise NotScalable(f"its last affine layer {value.name!r} is read outside of the block")
+        owner, _, name = value.name[len(prefix) :].rpartition(".")
+        scaled.append(Scaled(_site(record, value, call.name, owner, modules), owner, name, power))
+    order = {name: i for i, (name, _) in enumerate(modules[call.name].named_parameters())}
+    return sorted(scaled, key=lambda s: order.get(s.path, 0))
+
+
+def _site(record: Trace, value: Value, block: str, owner: str, modules: dict[str, nn.Module]) -> str:
+    """The innermost module of the block that holds the parameter and was executing whenever it was read."""
+    site = owner.split(".") if owner else []
+    for node in record.readers[value]:
+        inside = node.module[len(block) + 1 :] if node.module != block else ""
+        parts = inside.split(".") if inside else []
+        common = 0
+        while common < min(len(site), len(parts)) and site[common] == parts[common]:
+            common += 1
+        site = site[:common]
+    # PyTorch's own encoder layer may hand all its weights to one fused kernel, past the modules that hold them.
+    for depth in range(len(site) + 1):
+        name = ".".join([block, *site[:depth]])
+        if isinstance(modules[name], (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+            return ".".join(site[:depth])
+    return ".".join(site)
+
+
+def chains(blocks: list[Block]) -> list[list[Block]]:
+    """Runs of sibling blocks, each reading what the one before it put out; the innermost first."""
+    siblings: dict[str, list[Block]] = {}
+    for block in blocks:
+        siblings.setdefault(block.name.rpartition(".")[0], []).append(block)
+    runs = []
+    for family in siblings.values():
+        run: list[Block] = []
+        for block in family:
+            if run and not _follows(block, run[-1]):
+                runs.append(run)
+                run = []
+            run.append(block)
+        runs.append(run)
+    return sorted(runs, key=lambda run: -run[0].name.count("."))
+
+
+def _follows(block: Block, previous: Block) -> bool:
+    outputs = {origin(v) for v in previous.call.outputs}
+    return any(origin(v) in outputs for v in block.call.inputs)

@@ -1,0 +1,105 @@
+"""``fold``: a plain copy of a converted model, each step size made permanent in its branch."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torch_meanfield.convert.report import RECORD, Record, conversion_report, find_record
+from torch_meanfield.convert.sites import detach, factor, multiply, site_of
+from torch_meanfield.convert.stage import ConvertedStage
+from torch_meanfield.observe import run, tensors_in, undisturbed
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fold(model: Model, example_input: Any = None) -> Model:
+    """A deep copy of a converted model without tau, whose parameters hold the steps: a plain model again.
+
+    Its classes and ``state_dict()`` keys are those of the unconverted model, so the checkpoint loads with
+    ``strict=True`` where this library is not installed. Each step is multiplied in float32 (float64 in a double
+    model) and rounded once to the parameter's dtype. ``conversion_report(folded).fold_error`` is the measured
+    difference of the outputs in ``eval()``.
+
+    Args:
+        model: what :func:`torch_meanfield.convert` returned, trained or not. It stays as it is.
+        example_input: to measure the error on; ``None``: what the model was converted with.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: it is not converted, is folded already, or has a branch that cannot be folded (named).
+
+    Example:
+        >>> from torch_meanfield import conversion_report, convert
+        >>> from torch_meanfield.convert.examples import residual_network
+        >>> model = convert(residual_network(), torch.randn(2, 4))
+        >>> _ = conversion_report(model).stages[0].module.set_tau_([0.5, 1.5, 4.0])
+        >>> plain = fold(model)
+        >>> plain.state_dict().keys() == residual_network().state_dict().keys()
+        True
+    """
+    owner, record = find_record(model, "fold")
+    report = conversion_report(model)
+    if report.fold_error is not None:
+        raise ValueError("fold: model is folded already; fold the converted model it came from")
+    refused = [s.name for s in report.stages if not s.foldable]
+    if refused:
+        raise ValueError(f"fold: the branches of {refused} were converted with foldable=False and cannot be folded")
+    folded = deepcopy(model)
+    _fold_(folded)
+    error = fold_error(owner, find_record(folded, "fold")[0], record.example if example_input is None else example_input)
+    target = find_record(folded, "fold")[0]
+    plain = replace(record.report, fold_error=error)
+    target.__dict__[RECORD] = Record(plain, record.example)
+    return folded
+
+
+@torch.no_grad()
+def _fold_(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        site = site_of(module)
+        if site is None:
+            continue
+        step = site.stage.step(site.slot)
+        for owner, name, power in site.owned(module):
+            parameter: Tensor = owner._parameters[name]  # type: ignore[assignment]
+            parameter.copy_(multiply(parameter, factor(step, power)))
+        detach(module)
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, ConvertedStage):
+                del module._modules[name]
+    _clear_caches(model)
+
+
+def _clear_caches(model: nn.Module) -> None:
+    """Tables computed from parameters that some models keep in ``eval()`` are thrown away by ``train()``."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.train().eval()
+    for module, training in modes:
+        module.training = training
+
+
+def fold_error(model: nn.Module, folded: nn.Module, example: Any) -> float:
+    """Largest difference of the outputs in ``eval()``, relative to the largest output."""
+    if any(p.is_meta for p in model.parameters()):
+        return float("nan")
+    outputs = []
+    for m in (model, folded):
+        modes = [(c, c.training) for c in m.modules()]
+        try:
+            m.eval()
+            with undisturbed():
+                outputs.append([t for t in tensors_in(run(m, example)) if t.is_floating_point()])
+        finally:
+            for child, training in modes:
+                child.training = training
+    worst, largest = 0.0, 0.0
+    for mine, theirs in zip(*outputs, strict=True):
+        worst = max(worst, float((mine.double() - theirs.double()).abs().max()))
+        largest = max(largest, float(mine.double().abs().max()))
+    return worst / largest if largest else worst

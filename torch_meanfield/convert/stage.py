@@ -1,0 +1,150 @@
+"""``ConvertedStage``: a run of blocks of an existing model as particles on a tau axis."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_meanfield.depth.layer import MeanFieldLayer
+from torch_meanfield.particles import Population, Slice, Stack
+from torch_meanfield.particles.population import Column, named_tensors
+
+
+class ConvertedStage(MeanFieldLayer):
+    """The tau axis of a run of residual blocks that stay where they are in their model.
+
+    Block (or group of blocks) i is the particle in slot i. The blocks run in the order of their slots, as the model's
+    own ``forward`` has it, and the particle in slot i takes the step ``tau_i`` minus the next smaller tau. After each
+    optimizer step the particles are re-sorted, so that both orders agree; where they are not sorted (automatic
+    re-sorting switched off, averaged copies), the steps are still those of the order of tau, and never negative, while
+    the order of execution is that of the slots.
+
+    Args:
+        particles: for each slot the block, or the blocks that travel together. They are held weakly, and a copy of
+            the whole model has a stage of its own that holds the copies.
+        horizon: the last time T.
+
+    Raises:
+        ValueError: blocks whose tensors do not correspond.
+    """
+
+    def __init__(self, particles: Sequence[Sequence[nn.Module]], horizon: float) -> None:
+        super().__init__()
+        self.members = Members(particles)
+        columns = self._columns()
+        tensors = [t for c in columns for t in c.tensors]
+        first = next((t for t in tensors if t.is_floating_point()), None)
+        self._place_on_axis(len(particles), horizon, first)
+        Population(columns, name=self._label())  # refuses what two particles hold
+        self._sorted_at = self.tau_axis.version()
+
+    def step(self, slot: int) -> Tensor:
+        """The step size of the particle in ``slot``, differentiable; a tensor of shape ``()``."""
+        tau = self.tau_axis.positions()
+        if not torch.compiler.is_compiling() and self._sorted_at == self.tau_axis.version():
+            return tau[slot] - tau[slot - 1] if slot else tau[0]
+        ascending, order = tau.clamp(min=0).sort(stable=True)
+        steps = torch.diff(ascending, prepend=ascending.new_zeros(1))
+        return steps[order.argsort()[slot]]
+
+    def population(self) -> Population:
+        """The particles: each owns one tensor of every name in its blocks, and its place on the tau axis."""
+        columns: list[Column] = list(self._columns())
+        columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
+        return _Blocks(columns, owner=self, name=self._label())
+
+    def _columns(self) -> list[Stack]:
+        mine = {id(t) for t in named_tensors(self).values()}
+        tensors = [
+            {f"{k}.{name}": t for k, block in enumerate(blocks) for name, t in named_tensors(block).items()}
+            for blocks in self
+        ]
+        # The stage itself may be registered inside a block; its names exist there alone.
+        tensors = [{n: t for n, t in theirs.items() if id(t) not in mine} for theirs in tensors]
+        names = {id(t): name for name, t in reversed(tensors[0].items())}.values()
+        columns = []
+        for name in reversed(list(names)):
+            row = [theirs.get(name) for theirs in tensors]
+            if any(t is None for t in row):
+                raise ValueError(f"a block of {self._label()} lacks the tensor {name.partition('.')[2]!r}")
+            # One table for all blocks belongs to no particle.
+            if len(row) > 1 and all(t is row[0] for t in row) and not isinstance(row[0], nn.Parameter):
+                continue
+            columns.append(Stack([t for t in row if t is not None]))
+        return columns
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[tuple[nn.Module, ...]]:
+        return iter(self.members)
+
+    def __getitem__(self, i: int) -> tuple[nn.Module, ...]:
+        """The blocks in slot i."""
+        return list(self.members)[i]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """A stage is not called: the model's own forward runs its blocks."""
+        raise TypeError(f"{self._label()} is not called; the blocks run in the model's own forward")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        keys = [f"{prefix}tau_axis.{name}" for name in named_tensors(self.tau_axis)]
+        self._absent = keys if not any(k in state_dict for k in keys) else []
+
+    def _loaded(self, incompatible_keys: Any) -> None:
+        self.tau_axis.keep_exact_()
+        # A checkpoint of the unconverted model has no tau: the stage keeps its own.
+        absent = self.__dict__.pop("_absent", [])
+        missing = incompatible_keys.missing_keys
+        missing[:] = [k for k in missing if k not in absent]
+        # Unsorted slots stay as they are until the next step: steps() and step() take them by rank, and other blocks
+        # of the model may not have been loaded yet.
+        self._sorted_at = ()
+
+
+class Members:
+    """The blocks of a stage, weakly; a copy (or pickle) of the whole model refers to the copied blocks."""
+
+    def __init__(self, particles: Sequence[Sequence[nn.Module]]) -> None:
+        self._blocks = tuple(tuple(weakref.ref(m) for m in blocks) for blocks in particles)
+
+    def __iter__(self) -> Iterator[tuple[nn.Module, ...]]:
+        for blocks in self._blocks:
+            found = tuple(ref() for ref in blocks)
+            if any(m is None for m in found):
+                raise RuntimeError(
+                    "a block of this converted stage no longer exists: it was replaced in the model, or the stage was "
+                    "copied without its model; fold(model) before changing blocks"
+                )
+            yield found  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getstate__(self) -> list[tuple[nn.Module, ...]]:
+        return list(self)
+
+    def __setstate__(self, state: list[tuple[nn.Module, ...]]) -> None:
+        self.__init__(state)  # type: ignore[misc]
+
+
+class _Blocks(Population):
+    """A population whose tensors lie outside its owner."""
+
+    def within(self, copy: nn.Module) -> Population:
+        if not isinstance(copy, ConvertedStage) or len(copy) != self.size:
+            raise ValueError(
+                f"{self.name}: the copy ({type(copy).__name__}) is no converted stage of {self.size} particles; averaged "
+                f"copies must have the structure of the model they follow"
+            )
+        return copy.population()
+
+
+def stages_of(model: nn.Module) -> dict[str, ConvertedStage]:
+    """The converted stages of ``model`` by qualified name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, ConvertedStage)}

@@ -1,0 +1,122 @@
+"""What every population of residual blocks has: n particles on a tau axis, sorted, loaded, copied and averaged alike."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torch_meanfield.depth.resort import register, sort_
+from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries
+from torch_meanfield.particles import Population
+from torch_meanfield.particles.averages import lineage_of
+from torch_meanfield.particles.transport import check_transportable
+
+
+class MeanFieldLayer(nn.Module):
+    """Base of the modules that hold particles ``(theta_i, tau_i)`` in depth (Lu et al. 2020, eq. (15)).
+
+    A subclass says which tensors a particle owns (:meth:`population`) and applies the steps; positions, re-sorting,
+    checkpoints, copies and averages are the same for all.
+
+    Attributes:
+        tau_axis: the positions by slot.
+        horizon: the last time T of the grid on which the particles were placed.
+        auto_resort: whether an optimizer step re-sorts this layer.
+    """
+
+    tau_axis: TauAxis
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.horizon = 0.0
+        self.auto_resort = True
+        self._sorted_at: tuple[int, ...] = ()  # version of tau at which the slots were last known to be sorted
+        self._warned = False
+
+    def _place_on_axis(self, n: int, horizon: float, first: Tensor | None, *, learn: bool = True) -> None:
+        """Make the tau axis (after the branches are registered), on the device of ``first`` and as precise."""
+        double = first is not None and first.dtype == torch.float64
+        self.tau_axis = TauAxis(
+            n,
+            horizon,
+            learn=learn,
+            device=None if first is None else first.device,
+            dtype=torch.float64 if double else torch.float32,
+        )
+        self.horizon = horizon
+        cast(Any, self).register_load_state_dict_post_hook(_after_load)
+        register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)  # copies and unpickled layers come this way, past __init__
+        self._sorted_at = ()
+        register(self)
+
+    @property
+    def tau(self) -> Tensor:
+        """The n positions, ascending and differentiable; shape ``(n,)``, float32 (float64 in a double model)."""
+        return self.tau_axis.positions().clamp(min=0).sort(stable=True).values
+
+    def steps(self) -> Tensor:
+        """The n step sizes ``tau^l - tau^{l-1}`` with tau^0 = 0, differentiable; shape and dtype of ``tau``."""
+        tau = self.tau
+        return torch.diff(tau, prepend=tau.new_zeros(1))
+
+    def set_tau_(self, values: Tensor | Sequence[float]) -> MeanFieldLayer:
+        """Place the particles and re-sort: branch i goes to ``values[i]``, then all take the order of tau.
+
+        Optimizer state moves along for every optimizer that has stepped.
+
+        Args:
+            values: n finite positions (times); those below 0 are projected to 0, equal ones keep their order.
+
+        Raises:
+            ValueError: not n values, or a value that is not finite.
+            TypeError: an optimizer keeps state that cannot be divided among the branches. Nothing has changed then.
+        """
+        tau = check_positions(values, self.tau_axis)
+        check_transportable(self.population())
+        self.tau_axis.place_(tau)
+        sort_(self, cause="set_tau")
+        return self
+
+    def draw_tau_(self, generator: torch.Generator | None = None) -> MeanFieldLayer:
+        """Place the particles at n sorted draws from U(0, horizon)."""
+        anchor = self.tau_axis.anchor
+        draws = torch.rand(len(self), generator=generator, dtype=anchor.dtype) * self.horizon
+        return self.set_tau_(draws.sort().values)
+
+    @abstractmethod
+    def population(self) -> Population:
+        """The branches as particles, each with its place on the tau axis."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of particles n."""
+
+    def extra_repr(self) -> str:
+        """Horizon."""
+        return f"horizon={self.horizon:g}"
+
+    def _label(self) -> str:
+        name = lineage_of(self).name
+        return f"{type(self).__name__}{f' {name!r}' if name else ''} ({len(self)} branches)"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        check_tau_entries(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _loaded(self, incompatible_keys: Any) -> None:
+        """Called when this layer has been loaded: an averaged copy keeps the places of the model it follows."""
+        self.tau_axis.keep_exact_()
+        if not lineage_of(self).following:
+            sort_(self, cause="load")
+
+
+def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(layer, MeanFieldLayer)
+    layer._loaded(incompatible_keys)

@@ -1,0 +1,95 @@
+"""How many samples a step's gradient is the mean of: without it, noise does not tell what removing a unit costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torch_meanfield.width.blocks import Blocks
+from torch_meanfield.width.capture import Tap
+from torch_meanfield.width.neurons import Neurons
+
+
+class BatchCounter:
+    """Counts what goes through one module in the steps before an event.
+
+    Args:
+        module: a layer that sees every sample once, or ``None``: then nothing is known but what is given.
+        given: the number itself, if the user said it.
+    """
+
+    def __init__(self, module: nn.Module | None, given: int | None) -> None:
+        self.module, self.given = module, given
+        self.wanted = False
+        self.samples = self.steps = 0
+        self._handle: RemovableHandle | None = None
+
+    def start(self) -> None:
+        """Begin anew."""
+        self.samples = self.steps = 0
+        self.wanted = self.given is None and self.module is not None
+        self.resume()
+
+    def resume(self) -> None:
+        """Put the hook in place if it should be and is not (after a copy, or after loading)."""
+        if not self.wanted or self._handle is not None or self.module is None:
+            return
+        if "_forward_hooks" in self.module.__dict__:  # else it is still being unpickled
+            self._handle = self.module.register_forward_hook(Tap(self, "_see"))
+
+    def step(self) -> None:
+        """One optimizer step was taken."""
+        self.steps += int(self.wanted)
+
+    def stop(self) -> None:
+        """Leave no trace in the model."""
+        self.wanted = False
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def size(self) -> float | None:
+        """Samples in a step, over all data-parallel ranks; ``None`` if it is not known."""
+        if self.given is not None:
+            return float(self.given)
+        mine = self.samples / self.steps if self.steps and self.samples else None
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return mine
+        sizes: list[float | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(sizes, mine)
+        return None if any(s is None for s in sizes) else sum(s for s in sizes if s is not None)
+
+    def state(self) -> list[int]:
+        """What has been counted so far; whether it is being counted."""
+        return [self.samples, self.steps, int(self.wanted)]
+
+    def load(self, state: Sequence[int]) -> None:
+        """Go on from :meth:`state`."""
+        self.stop()
+        self.samples, self.steps = int(state[0]), int(state[1])
+        self.wanted = bool(state[2]) and self.given is None and self.module is not None
+        self.resume()
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and output.ndim > 1:
+            self.samples += len(output)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+
+def seen_at(populations: Sequence[Neurons | Blocks], model: nn.Module | None) -> nn.Module | None:
+    """A module inside ``model`` that every sample passes once: one that reads some population's units, or a layer."""
+    homes = {} if model is None else {id(t): m for m in model.modules() for t in m.parameters(recurse=False)}
+    for population in populations:
+        if isinstance(population, Neurons):
+            for column in population.outgoing:
+                if id(column.tensor) in homes:
+                    return homes[id(column.tensor)]
+        elif model is not None:
+            return population.module
+    return None
