@@ -13,7 +13,7 @@ from torch_meanfield.particles import Motion, Slice, subscribe
 from torch_meanfield.particles.population import named_tensors
 from torch_meanfield.width.discover import find_populations
 from torch_meanfield.width.neurons import Neurons, neurons_from
-from torch_meanfield.width.proof import verify
+from torch_meanfield.width.proof import Prover, verify
 
 
 def conv_net() -> nn.Sequential:
@@ -163,3 +163,25 @@ def test_frozen_and_half_precision_parameters() -> None:
     net = conv_net().bfloat16().requires_grad_(False)
     report = find_populations(net, EXAMPLE.bfloat16())
     assert len(report) == 2 and not any(p.requires_grad for p in net.parameters())
+
+
+def test_the_second_half_of_the_proof_costs_one_backward_pass_and_no_forward_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Read off first-order slopes, and literally, to the same verdicts; the former without a forward for each."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(m for _ in range(12) for m in (nn.Linear(8, 8), nn.Tanh())))
+    runs: list[bool] = []
+    original = Prover.run
+
+    def counted(self: Prover, *, gradients: bool = False) -> torch.Tensor:
+        runs.append(gradients)
+        return original(self, gradients=gradients)
+
+    monkeypatch.setattr(Prover, "run", counted)
+    report = find_populations(net, torch.randn(1, 8))
+    assert len(report) == 11
+    quick = len(runs)
+    assert quick < 8 and sum(runs) == 1
+    verdicts = verify(net, torch.randn(1, 8), report.populations)
+    assert all(v.proven for v in verdicts) and len(runs) - quick > 11

@@ -113,8 +113,8 @@ class Prover:
             self.copy.train()  # clears tables that some models cache in eval mode
             self.copy.eval()
             outputs = tensors_in(run(self.copy, self.example))
-        vectors = [o.reshape(-1).double().cpu() for o in outputs if o.is_floating_point()]
-        return torch.cat(vectors) if vectors else torch.empty(0)
+            vectors = [o.reshape(-1).double().cpu() for o in outputs if o.is_floating_point()]
+            return torch.cat(vectors) if vectors else torch.empty(0)
 
     def _cycle(self, n: int) -> Tensor:
         """A random cycle of all n: it leaves no unit in its place."""
