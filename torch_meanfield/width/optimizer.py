@@ -276,7 +276,9 @@ class BirthDeathOptimizer(SharingOptimizer):
         """The wrapped optimizer's state dict, whole, with one key more: ``"birth_death"``.
 
         Its ``"state"`` and ``"param_groups"`` stay where every tool looks for them, so a bare optimizer loads this
-        dict as it is (torch ignores the key), and this wrapper loads a bare optimizer's.
+        dict as it is (torch ignores the key), and this wrapper loads a bare optimizer's. The tools of
+        ``torch.distributed.checkpoint`` take those two and leave the third: save it beside them with ``torch.save``,
+        or averages begin anew.
         """
         for pre in list(self._optimizer_state_dict_pre_hooks.values()):
             pre(self)
