@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from torch_meanfield import BirthDeathOptimizer, MeanFieldResNet, MeanFieldSequential
+from torch_meanfield import BirthDeathOptimizer, MeanFieldResNet, MeanFieldSequential, conversion_report, convert
+from torch_meanfield.convert.examples import residual_network
 from torch_meanfield.width import Event, Neurons
 from torch_meanfield.width.blocks import Blocks
 
@@ -150,3 +151,21 @@ def test_what_is_no_population_is_refused() -> None:
     weights = [p for name, p in layer.named_parameters() if "tau" not in name]
     with pytest.raises(ValueError, match="not one of the optimizer's parameters"):
         BirthDeathOptimizer(torch.optim.SGD(weights, lr=0.1), layer, populations=layer)
+
+
+def test_stages_of_a_converted_model_are_populations_too() -> None:
+    torch.manual_seed(0)
+    model = convert(residual_network(), torch.randn(2, 4))
+    (stage,) = conversion_report(model)
+    inner = torch.optim.SGD(model.parameters(), lr=1e-6)
+    optimizer = BirthDeathOptimizer(inner, model, populations=stage.module, every=3, scheme="exact", rate=1e9)
+    x = torch.randn(16, 4)
+    events: list[Event] = []
+    optimizer.register_event_hook(events.append)
+    horizon = stage.module.tau[-1].item()
+    for _ in range(3):
+        model.zero_grad()
+        (model(x) - x[:, :2]).square().mean().backward()
+        optimizer.step()
+    assert events and events[0].index.tolist() == sorted(events[0].index.tolist())
+    assert stage.module.tau[-1].item() == pytest.approx(horizon, abs=1e-4) and (stage.module.steps() > 0).all()

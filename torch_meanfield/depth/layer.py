@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from torch_meanfield.depth import rebirth
 from torch_meanfield.depth.resort import register, sort_
 from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries
 from torch_meanfield.particles import Population
@@ -89,6 +91,18 @@ class MeanFieldLayer(nn.Module):
         anchor = self.tau_axis.anchor
         draws = torch.rand(len(self), generator=generator, dtype=anchor.dtype) * self.horizon
         return self.set_tau_(draws.sort().values)
+
+    def position(self) -> nn.Parameter | None:
+        """The parameter that the optimizer moves the particles by; ``None`` with ``learn_tau=False``."""
+        return self.tau_axis.offset
+
+    def potential(self) -> Tensor | None:
+        """Of every branch, its step size times the loss's derivative by it, shape ``(n,)``; see :mod:`.rebirth`."""
+        return rebirth.potential(self)
+
+    def resample_(self, index: Tensor, optimizers: Iterable[Optimizer] = (), cause: str = "birth_death") -> Tensor:
+        """Let branches die and be cloned at a fixed number, their intervals re-divided; see :mod:`.rebirth`."""
+        return rebirth.resample_(self, index, optimizers, cause)
 
     @abstractmethod
     def population(self) -> Population:

@@ -77,7 +77,6 @@ def resample_(layer: Any, index: Tensor, optimizers: Iterable[Optimizer] = (), c
         place_(population, moved.to(device), {anchor: values}, optimizers=optimizers, cause=cause)
     layer.tau_axis.keep_exact_()
     layer._sorted_at = layer.tau_axis.version()
-    layer._plain = False
     return sources
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from torch_meanfield.depth import rebirth
 from torch_meanfield.depth.euler import euler_step
 from torch_meanfield.depth.exchangeable import check_exchangeable
 from torch_meanfield.depth.layer import MeanFieldLayer
@@ -101,17 +100,10 @@ class MeanFieldSequential(MeanFieldLayer):
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
         return Population(columns, owner=self, name=self._label())
 
-    def position(self) -> nn.Parameter | None:
-        """The parameter that the optimizer moves the particles by; ``None`` with ``learn_tau=False``."""
-        return self.tau_axis.offset
-
-    def potential(self) -> Tensor | None:
-        """Of every branch, its step size times the loss's derivative by it, shape ``(n,)``; see :mod:`.rebirth`."""
-        return rebirth.potential(self)
-
     def resample_(self, index: Tensor, optimizers: Iterable[Optimizer] = (), cause: str = "birth_death") -> Tensor:
-        """Let branches die and be cloned at a fixed number, their intervals re-divided; see :mod:`.rebirth`."""
-        return rebirth.resample_(self, index, optimizers, cause)
+        """See :meth:`MeanFieldLayer.resample_`."""
+        self._plain = False
+        return super().resample_(index, optimizers, cause)
 
     # -- the forward pass --------------------------------------------------------------------------------------
 
