@@ -50,9 +50,10 @@ class BirthDeathOptimizer(SharingOptimizer):
       outgoing weights 0 its birth leaves the network's function as it was. With ``steep`` (where the population
       lies between two ``Linear`` layers or convolutions) its incoming weights are the steepest of ``candidates``
       draws: those whose outgoing weights would get the largest gradient, refined by ascending it; and if it
-      replaces a *harmful* unit, with no norm in between, it is born with outgoing weights against that gradient: ``mass`` times the population's
-      median, times the share in which the sampled rows agree on it (0.3 in a planted network, 0.03 on images, where
-      most rows are fitted already and a full unit would be too much). Mass is so teleported to where it is wanted.
+      replaces a *harmful* unit, with no norm in between, it is born with outgoing weights against that gradient:
+      ``mass`` times the population's median, times the share in which the sampled rows agree on it (0.3 in a planted
+      network, 0.03 on images, where most rows are fitted already and a full unit would be too much). Mass is so
+      teleported to where it is wanted.
     - ``births="split"``: half of another unit (outgoing weights shared, so that the function is kept), slightly
       moved. ``births="clone"``: an exact duplicate, as published. Optimizer state moves along with both.
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 MARGIN = 10.0  # by which a removal's true cost may exceed what the noise says, see removal()
 
 
