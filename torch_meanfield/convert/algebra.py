@@ -12,6 +12,7 @@ from torch_meanfield.convert.vocabulary import (
     ATTENTION,
     JOIN,
     LAYERS,
+    LIKE,
     LINEAR,
     MULTIHEAD,
     NORMS,
@@ -28,37 +29,48 @@ class NotScalable(Exception):
     """Why a branch cannot be multiplied by scaling parameters, in words."""
 
 
-def last_affines(branch: Value) -> set[Value]:
+def last_affines(branch: Value, avoid: frozenset[Value] = frozenset()) -> set[Value]:
     """The parameters of the last affine maps before ``branch``: scaling them scales it, gates aside.
+
+    Args:
+        branch: the tensor to scale.
+        avoid: parameters that must keep their value.
 
     Raises:
         NotScalable: something stands behind the affine map that does not commute with a positive factor.
     """
     node = branch.node
     if branch.kind == "parameter":
+        if branch in avoid:
+            raise NotScalable(f"its last affine parameter {branch.name!r} is read elsewhere too")
         return {branch}
     if node is None:
         raise NotScalable("the branch was computed where nobody could watch, or reaches the block's input unscaled")
     name = node.name
     if name in LINEAR or name in POSITIVE:
-        return last_affines(_first(node))
+        return last_affines(_first(node), avoid)
     if name in JOIN or name in PLUS:
         terms = [v for v in node.inputs if v.kind != "buffer"]
-        if len(terms) < (1 if name in JOIN else 2):
+        if len(terms) < (1 if name in JOIN or _adds_zero(node) else 2):
             raise NotScalable(f"a constant is added behind the last affine layer ({_place(node)})")
-        return set().union(*(last_affines(v) for v in terms))
+        return set().union(*(last_affines(v, avoid) for v in terms))
     if name in LAYERS or name in NORMS:
-        return _layer(node)
+        return _layer(node, avoid)
     if name == MULTIHEAD:
         weight, bias = node.arg(11, "out_proj_weight"), node.arg(12, "out_proj_bias")
-        return _scaled_operands(node, [weight, bias])
+        return _scaled_operands(node, [weight, bias], avoid)
     if name in ATTENTION:
-        return last_affines(node.arg(2, "value"))
+        return last_affines(node.arg(2, "value"), avoid)
     if name in OVER:
-        return last_affines(_first(node))
+        return last_affines(_first(node), avoid)
     if name in TIMES:
-        return _factor(node)
+        return _factor(node, avoid)
     raise NotScalable(f"{name} stands behind the last affine layer ({_place(node)})")
+
+
+def _adds_zero(node: Node) -> bool:
+    """``sum()`` of a list begins at the number 0."""
+    return any(isinstance(a, (int, float)) and a == 0 for a in node.args[:2])
 
 
 def _first(node: Node) -> Value:
@@ -67,23 +79,23 @@ def _first(node: Node) -> Value:
     return node.inputs[0]
 
 
-def _layer(node: Node) -> set[Value]:
+def _layer(node: Node, avoid: frozenset[Value]) -> set[Value]:
     (_, *rest) = LAYERS.get(node.name) or NORMS[node.name]
     operands = [node.arg(*place) for place in rest]
     weight = operands[0]
     if not isinstance(weight, Value):
         raise NotScalable(f"{node.name} without weights undoes every factor before it ({_place(node)})")
-    return _scaled_operands(node, operands)
+    return _scaled_operands(node, operands, avoid)
 
 
-def _scaled_operands(node: Node, operands: Sequence[object]) -> set[Value]:
+def _scaled_operands(node: Node, operands: Sequence[object], avoid: frozenset[Value]) -> set[Value]:
     values = [v for v in operands if isinstance(v, Value)]
     if not values:
         raise NotScalable(f"{node.name} has no weight of its own ({_place(node)})")
-    return set().union(*(last_affines(v) for v in values))
+    return set().union(*(last_affines(v, avoid) for v in values))
 
 
-def _factor(node: Node) -> set[Value]:
+def _factor(node: Node, avoid: frozenset[Value]) -> set[Value]:
     """One factor of a product takes the step: a learned one if there is one, else the first that can."""
     operands = [v for v in node.inputs if v.kind != "buffer"]
     learned = [v for v in operands if v.constant]
@@ -92,7 +104,7 @@ def _factor(node: Node) -> set[Value]:
         if value.constant and not _learned(value):
             continue
         try:
-            return last_affines(value)
+            return last_affines(value, avoid)
         except NotScalable as error:
             reason = str(error)
     raise NotScalable(reason)
@@ -123,8 +135,23 @@ def powers(trace: Trace, span: range, branches: Iterable[Value], stream: Iterabl
     Raises:
         NotScalable: with the reason.
     """
-    branches = list(branches)
-    scaled = set().union(*(last_affines(b) for b in branches))
+    branches, stream = list(branches), list(stream)
+    try:
+        return _powers(trace, span, branches, stream, frozenset())
+    except NotScalable as error:
+        # A factor that does something else as well (alpha in (1 - alpha) x + alpha f(x)): take what is behind it.
+        wanted = set().union(*(last_affines(b) for b in branches))
+        shared = frozenset(p for p in wanted if len(trace.readers[p]) > 1)
+        if not shared:
+            raise
+        try:
+            return _powers(trace, span, branches, stream, shared)
+        except NotScalable:
+            raise error from None
+
+
+def _powers(trace: Trace, span: range, branches: list[Value], stream: list[Value], avoid: frozenset[Value]) -> Powers:
+    scaled = set().union(*(last_affines(b, avoid) for b in branches))
     result: Powers = dict.fromkeys(scaled, 1)
     degree: dict[Value, int] = dict.fromkeys(scaled, 1)
     streamed = set(stream)
@@ -174,7 +201,7 @@ def _degree(node: Node, degree: dict[Value, int], result: Powers) -> int:
         return of(node.arg(2, "value"))
     if name in JOIN or name in PLUS:
         degrees = {of(v) for v in node.inputs}
-        if name in PLUS and len(node.inputs) < 2:
+        if name in PLUS and len(node.inputs) < 2 and not _adds_zero(node):
             degrees.add(0)  # a literal is added
         if len(degrees) != 1:
             raise refused
@@ -189,7 +216,7 @@ def _degree(node: Node, degree: dict[Value, int], result: Powers) -> int:
             raise refused
         return of(node.inputs[0])
     if name in LINEAR or name in POSITIVE:
-        if any(of(v) for v in node.inputs[1:]):
+        if name not in LIKE and any(of(v) for v in node.inputs[1:]):
             raise refused
         return of(node.inputs[0])
     raise refused

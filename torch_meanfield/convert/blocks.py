@@ -19,7 +19,7 @@ class Scaled:
 
     Attributes:
         site: qualified name, inside the block, of the module during whose forward pass the parameter is scaled.
-        owner, name: the parameter inside the block.
+        owner, name: the parameter inside the block; both empty where the output of ``site`` is scaled instead.
         power: 1 or -1.
     """
 
@@ -45,6 +45,7 @@ class Block:
         scaled: what takes the step; empty if ``reason`` is given.
         description: what must be alike in blocks that change places.
         reason: why it cannot become a particle.
+        foldable: whether parameters take the step.
     """
 
     name: str
@@ -53,16 +54,18 @@ class Block:
     scaled: list[Scaled] = field(default_factory=list)
     description: Description = field(default_factory=dict)
     reason: str | None = None
+    foldable: bool = True
 
 
-def find_blocks(model: nn.Module, record: Trace, reads: Reads, *, nested: bool) -> list[Block]:
+def find_blocks(model: nn.Module, record: Trace, reads: Reads, *, nested: bool, foldable: bool = True) -> list[Block]:
     """Every residual block of ``model`` in the order of execution, also blocks within blocks.
 
     Args:
         model: the private copy that ran.
         record: of the forward pass.
         reads: attributes read in it.
-        nested: take modules that keep their input's shape and merely hold residual modules too.
+        nested: take modules too that keep their input's shape and merely hold residual additions.
+        foldable: only take branches that parameters scale; else a module's output may take the step.
     """
     times = Counter(call.name for call in record.calls)
     modules = dict(model.named_modules())
@@ -73,7 +76,7 @@ def find_blocks(model: nn.Module, record: Trace, reads: Reads, *, nested: bool) 
             continue
         branches = additions(call)
         if nested and not branches and _keeps_shape(call):
-            branches = nested_additions(call)
+            branches = nested_additions(call, record.nodes)
         module = modules[call.name]
         if not branches or not any(True for _ in module.parameters()):
             continue
@@ -86,9 +89,11 @@ def find_blocks(model: nn.Module, record: Trace, reads: Reads, *, nested: bool) 
         if block.reason is None:
             try:
                 block.scaled = _scaled_parameters(record, call, branches, modules)
-                block.description |= {f"step on {s.path}": (s.site, s.power) for s in block.scaled}
             except NotScalable as error:
-                block.reason = str(error)
+                block.foldable = False
+                block.scaled = [] if foldable else _scaled_outputs(call, branches)
+                block.reason = None if block.scaled else str(error)
+            block.description |= {f"step on {s.path or s.site}": (s.site, s.power) for s in block.scaled}
         found.append(block)
     return found
 
@@ -128,6 +133,22 @@ def _scaled_parameters(
         scaled.append(Scaled(_site(record, value, call.name, owner, modules), owner, name, power))
     order = {name: i for i, (name, _) in enumerate(modules[call.name].named_parameters())}
     return sorted(scaled, key=lambda s: order.get(s.path, 0))
+
+
+def _scaled_outputs(call: ModuleCall, branches: list[Addition]) -> list[Scaled]:
+    """For each branch the module inside the block that puts it out; nothing if one has none."""
+    scaled = []
+    for addition in branches:
+        source = origin(addition.branch)
+        names = [c.name for c in _inside(call) if [origin(v) for v in c.outputs] == [source]]
+        if not names:
+            return []
+        scaled.append(Scaled(names[0][len(call.name) + 1 :], "", "", 1))
+    return scaled if len({s.site for s in scaled}) == len(scaled) else []
+
+
+def _inside(call: ModuleCall) -> list[ModuleCall]:
+    return [c for child in call.children for c in (child, *_inside(child))]
 
 
 def _site(record: Trace, value: Value, block: str, owner: str, modules: dict[str, nn.Module]) -> str:

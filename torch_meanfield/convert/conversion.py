@@ -32,6 +32,7 @@ def convert(
     horizon: float | None = None,
     include: Patterns = "*",
     exclude: Patterns = (),
+    foldable: bool = True,
 ) -> Model:
     r"""Give the residual blocks of ``model`` learnable times, in place.
 
@@ -56,6 +57,9 @@ def convert(
             number, so that every step is exactly 1.
         include, exclude: shell patterns (``fnmatch``), one or several, for the qualified names of blocks or of modules
             that hold them: ``"layer3"``, ``"blocks.*"``.
+        foldable: ``False`` also converts branches that no parameter scales (an activation other than ReLU stands
+            behind the last affine layer): the output of the branch's last module is multiplied at run time, and
+            :func:`torch_meanfield.fold` refuses.
 
     Returns:
         ``model`` itself.
@@ -78,7 +82,7 @@ def convert(
     _check_unconverted(model)
     check_horizon(horizon, 1)
     example = example_for(model, example_input, "convert")
-    plan = find_stages(model, example, include=include, exclude=exclude)
+    plan = find_stages(model, example, include=include, exclude=exclude, foldable=foldable)
     if not plan.stages:
         reasons = "".join(f"\n  {f}" for f in plan.fixed) or "\n  no module adds a branch to its own input"
         raise ValueError(f"convert: {type(model).__name__} has no residual blocks that can change places:{reasons}")
@@ -103,16 +107,20 @@ class StagePlan:
 class Plan:
     """What a conversion would do."""
 
+    iterating: set[str] = field(default_factory=set)  # modules whose forward runs over their children
     stages: list[StagePlan] = field(default_factory=list)
     fixed: list[FixedBlock] = field(default_factory=list)
 
 
-def find_stages(model: nn.Module, example: Any, *, include: Patterns = "*", exclude: Patterns = ()) -> Plan:
+def find_stages(
+    model: nn.Module, example: Any, *, include: Patterns = "*", exclude: Patterns = (), foldable: bool = True
+) -> Plan:
     """Plan a conversion; ``model`` is not touched."""
     copy = private_copy(model, share_parameters=True)
     try:
         with reads_recorded(copy) as reads:
             record = trace(copy, example)
+        copy.train().eval()  # clears tables cached in eval mode: they are no configuration
     except Exception as error:
         raise ValueError(
             f"convert: {type(model).__name__} does not run on the example_input ({type(error).__name__}: {error}); "
@@ -120,10 +128,13 @@ def find_stages(model: nn.Module, example: Any, *, include: Patterns = "*", excl
         ) from error
     on_meta = any(p.is_meta for p in model.parameters())
     taken: list[str] = []
-    plan = Plan()
+    # named_modules() of the search itself reads _modules, never these
+    plan = Plan(
+        {n for n, m in copy.named_modules() if _is_container(m) or reads[id(m)] & {"children", "named_children"}}
+    )
     seen: dict[str, Block] = {}
     for nested in (False, True):
-        blocks = find_blocks(copy, record, reads, nested=nested)
+        blocks = find_blocks(copy, record, reads, nested=nested, foldable=foldable)
         chosen = _selected(blocks, include, exclude, checked=not nested)
         new = {b.name for b in blocks} - set(seen)
         for run in chains(blocks):
@@ -137,8 +148,7 @@ def find_stages(model: nn.Module, example: Any, *, include: Patterns = "*", excl
         seen = {b.name: b for b in blocks} | seen
     start = {name: b.call.start for name, b in seen.items()}
     plan.stages.sort(key=lambda s: start[s.particles[0][0].name])
-    groups = {name for name, m in copy.named_modules() if isinstance(m, _CONTAINERS)}
-    plan.fixed = _fixed(list(seen.values()), taken, groups)
+    plan.fixed = _fixed(list(seen.values()), taken, plan.iterating)
     return plan
 
 
@@ -160,10 +170,10 @@ def _selected(blocks: Iterable[Block], include: Patterns, exclude: Patterns, *, 
     names = {b.name for b in blocks}
 
     def matcher(patterns: Patterns, argument: str) -> Callable[[str], bool]:
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+            raise TypeError(f"convert: {argument} must be a pattern or several, got {patterns!r}")
         for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise TypeError(f"convert: {argument} must hold strings, got {type(pattern).__name__}")
             if checked and pattern != "*" and not any(_matches(n, pattern) for n in names):
                 raise ValueError(
                     f"convert: {argument} pattern {pattern!r} matches no residual block; the blocks are {sorted(names)}"
@@ -205,9 +215,7 @@ def _stages(
     for i, block in enumerate(run):
         if i not in inside and block.reason is None:
             block.reason = _unlike_neighbours(i, run)
-    return [
-        StagePlan([run[s + k * p : s + (k + 1) * p] for k in range(repeats)], numbers) for s, p, repeats in found
-    ]
+    return [StagePlan([run[s + k * p : s + (k + 1) * p] for k in range(repeats)], numbers) for s, p, repeats in found]
 
 
 def _proven(run: list[Block], labels: list[int | None], copy: nn.Module, example: Any) -> list[int | None]:
@@ -259,10 +267,11 @@ def _fixed(blocks: list[Block], taken: list[str], groups: set[str]) -> list[Fixe
             continue
         if any(_nested(block.name, f.name) for f in fixed):
             continue
-        if block.name in groups and any(_nested(b.name, block.name) for b in blocks if b is not block):
-            continue
+        inner = [b for b in blocks if b is not block and _nested(b.name, block.name)]
+        if inner and (block.name in groups or (block.reason is None or "of its kind" in block.reason)):
+            continue  # what is said of the blocks inside says more
         reason = block.reason or "no block of its kind stands next to it"
-        fixed.append(FixedBlock(block.name, reason, len(block.branches), bool(block.scaled)))
+        fixed.append(FixedBlock(block.name, reason, len(block.branches), block.foldable and bool(block.scaled)))
     return fixed
 
 
@@ -287,7 +296,7 @@ def _apply(model: nn.Module, plan: Plan, horizon: float | None, example: Any) ->
             blocks = [[modules[b.name] for b in particle] for particle in p.particles]
             stage = ConvertedStage(blocks, check_horizon(horizon, len(blocks)))
             stage.train(model.training)
-            host = _host(p.particles, modules)
+            host = _host(p.particles, modules, plan.iterating)
             name = _free_name(modules[host], p.name[len(host) :].lstrip(".") if host else p.name)
             modules[host].add_module(name, stage)
             stages.append((modules[host], name, stage))
@@ -315,27 +324,29 @@ def _report(plan: StagePlan, name: str) -> StageReport:
         name=name,
         particles=tuple(tuple(b.name for b in particle) for particle in plan.particles),
         branches=sum(len(b.branches) for b in plan.particles[0]),
-        parameters=tuple((f"{b.name}.{s.path}", s.power) for b in blocks for s in b.scaled),
+        parameters=tuple((f"{b.name}.{s.path}", s.power) for b in blocks for s in b.scaled if s.name),
+        foldable=all(b.foldable for b in blocks),
         checked=plan.checked,
     )
 
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
-def _host(particles: list[list[Block]], modules: dict[str, nn.Module]) -> str:
+def _host(particles: list[list[Block]], modules: dict[str, nn.Module], iterating: set[str]) -> str:
     """Name of the module that the stage is registered in: the nearest around the blocks that is no container.
 
-    A container iterates over its children. Where all modules around the blocks are containers (networks that
-    are one ``nn.Sequential``, timm's feature extractors), the first module inside the first block that is none.
+    A container calls its children one after the other. Where all modules around the blocks do (networks that are one
+    ``nn.Sequential``, timm's feature extractors), it is the first module inside the first block that does not.
     """
     first = particles[0][0].name
     name = first
     while name:
         name = name.rpartition(".")[0]
-        if not isinstance(modules[name], _CONTAINERS):
+        if name not in iterating:
             return name
-    return next(n for n, m in modules.items() if _nested(n, first) and not isinstance(m, _CONTAINERS))
+    return next(n for n in modules if _nested(n, first) and n not in iterating)
 
 
 def _free_name(host: nn.Module, around: str) -> str:

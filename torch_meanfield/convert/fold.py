@@ -51,7 +51,9 @@ def fold(model: Model, example_input: Any = None) -> Model:
         raise ValueError(f"fold: the branches of {refused} were converted with foldable=False and cannot be folded")
     folded = deepcopy(model)
     _fold_(folded)
-    error = fold_error(owner, find_record(folded, "fold")[0], record.example if example_input is None else example_input)
+    error = fold_error(
+        owner, find_record(folded, "fold")[0], record.example if example_input is None else example_input
+    )
     target = find_record(folded, "fold")[0]
     plain = replace(record.report, fold_error=error)
     target.__dict__[RECORD] = Record(plain, record.example)

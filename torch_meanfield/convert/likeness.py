@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def reads_recorded(model: nn.Module) -> Iterator[Reads]:
         for module in model.modules():
             try:
                 cls = type(module)
-                module.__class__ = _watched(cls, reads)  # type: ignore[assignment]
+                module.__class__ = _watched(cls, reads)
                 classes.append((module, cls))
             except TypeError:  # scripted modules
                 continue
@@ -42,11 +42,10 @@ def reads_recorded(model: nn.Module) -> Iterator[Reads]:
 def _watched(cls: type, reads: Reads) -> type:
     def read(self: Any, name: str) -> Any:
         reads.setdefault(id(self), set()).add(name)
-        return super(watched, self).__getattribute__(name)  # type: ignore[misc]
+        return cast(Any, cls).__getattribute__(self, name)
 
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__getattribute__": read}
-    watched = type(cls.__name__, (cls,), body)
-    return watched
+    return type(cls.__name__, (cls,), body)
 
 
 def is_drop(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch_meanfield.convert.trace import ModuleCall, Node, Value
-from torch_meanfield.convert.vocabulary import ACTIVATIONS, JOIN, NORMS, PARTS, PLUS, SAME
+from torch_meanfield.convert.vocabulary import ACTIVATIONS, JOIN, NORMS, PARTS, SAME
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +24,8 @@ class Addition:
 def additions(call: ModuleCall) -> list[Addition]:
     """The residual additions of a module call in the order of execution; none if it is no residual block.
 
-    Walking back from the output, through rearrangements, activations and norms behind an addition, and through the
-    summand that itself leads back to the input. Where both do, the one with less in between is the stream. A module
-    without a way of its own that holds residual modules (a norm or pointwise convolution follows them) has theirs.
+    Walking back from the output, through rearrangements, activations, norms and learned scales of the stream, and
+    through the summand that itself leads back to the input. Where both do, the one with less in between is the stream.
     """
     found: dict[int, Addition] = {}
     for output in call.outputs:
@@ -36,9 +35,45 @@ def additions(call: ModuleCall) -> list[Addition]:
     return [found[i] for i in sorted(found)]
 
 
-def nested_additions(call: ModuleCall) -> list[Addition]:
-    """Those of the module, or else of the modules inside it."""
-    return additions(call) or [a for child in call.children for a in nested_additions(child)]
+def nested_additions(call: ModuleCall, nodes: list[Node]) -> list[Addition]:
+    """Those of the module, or else every ``h + f(h)`` inside it, whatever stands before, between and behind.
+
+    For blocks whose stream runs through a layer of its own (a convolution between attention and MLP in TinyViT, behind
+    the residual module in ConvMixer).
+
+    Args:
+        call: of the module.
+        nodes: of the trace.
+    """
+    return additions(call) or [
+        found for node in nodes[call.start : call.end] if (found := _local(node, call)) is not None
+    ]
+
+
+def _local(node: Node, call: ModuleCall) -> Addition | None:
+    if node.name != "add" or len(node.inputs) != 2 or node.inputs[0].shape != node.inputs[1].shape:
+        return None
+    for stream, branch in (node.inputs, node.inputs[::-1]):
+        if stream.constant or branch.constant:
+            continue
+        first = origin(stream, call.start)
+        if first is not origin(branch, call.start) and first in _ancestors(branch, call):
+            return Addition(node, branch)
+    return None
+
+
+def _ancestors(value: Value, call: ModuleCall) -> set[Value]:
+    """Everything inside the call that ``value`` is computed from, up to what the call found there."""
+    found: set[Value] = set()
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if value in found or value.constant:
+            continue
+        found.add(value)
+        if value.node is not None and value.node.index >= call.start:
+            waiting += value.node.inputs
+    return found
 
 
 def _way(value: Value, call: ModuleCall) -> tuple[list[Addition], int] | None:
@@ -53,13 +88,16 @@ def _way(value: Value, call: ModuleCall) -> tuple[list[Addition], int] | None:
         elif node.name in ACTIVATIONS or node.name in NORMS:
             between += 1
             value = node.inputs[0]
+        elif node.name in ("mul", "multiply") and sum(not v.constant for v in node.inputs) == 1:
+            between += 1  # a learned scale on the stream
+            value = next(v for v in node.inputs if not v.constant)
         elif node.name in JOIN:
             ways = [_way(v, call) for v in node.inputs]
             if any(w is None for w in ways):
                 return None
             known = [w for w in ways if w is not None]
             return [a for way, _ in known for a in way], between + sum(extra for _, extra in known)
-        elif node.name in PLUS and len(node.inputs) == 2 and node.name == "add":
+        elif node.name == "add" and len(node.inputs) == 2:
             ways = [_way(v, call) for v in node.inputs]
             ranked = sorted((w[1], len(w[0]) == 0, i) for i, w in enumerate(ways) if w is not None)
             if not ranked:
@@ -68,6 +106,8 @@ def _way(value: Value, call: ModuleCall) -> tuple[list[Addition], int] | None:
             chosen = ways[stream]
             branch = node.inputs[1 - stream]
             assert chosen is not None
+            if branch.constant:  # an embedding or a learned shift: the stream goes on
+                return chosen[0], between + chosen[1] + 1
             if branch.shape != node.outputs[0].shape and node.inputs[stream].shape != node.outputs[0].shape:
                 return None
             return [*chosen[0], Addition(node, branch)], between + chosen[1]
@@ -76,8 +116,8 @@ def _way(value: Value, call: ModuleCall) -> tuple[list[Addition], int] | None:
     return [], between
 
 
-def origin(value: Value) -> Value:
-    """The first tensor that holds the same numbers as ``value``, whatever the arrangement."""
-    while value.node is not None and value.node.name in SAME and value.node.inputs:
+def origin(value: Value, start: int = 0) -> Value:
+    """The first tensor, from node ``start`` on, that holds the same numbers as ``value``, however arranged."""
+    while value.node is not None and value.node.index >= start and value.node.name in SAME and value.node.inputs:
         value = value.node.inputs[0]
     return value

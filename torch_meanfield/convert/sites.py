@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def _scaled_class(cls: type) -> type:
 
 
 def _new(cls: type) -> Any:
-    scaled = _scaled_class(cls)
+    scaled: Any = _scaled_class(cls)
     return scaled.__new__(scaled)
 
 
@@ -112,7 +111,7 @@ def attach(module: nn.Module, site: Site) -> None:
         TypeError: a module whose class cannot be derived from (a scripted module).
     """
     scaled = _scaled_class(type(module))
-    module.__class__ = scaled  # type: ignore[assignment]
+    module.__class__ = scaled
     module.__dict__[_KEY] = site
 
 

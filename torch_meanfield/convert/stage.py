@@ -49,7 +49,7 @@ class ConvertedStage(MeanFieldLayer):
             return tau[slot] - tau[slot - 1] if slot else tau[0]
         ascending, order = tau.clamp(min=0).sort(stable=True)
         steps = torch.diff(ascending, prepend=ascending.new_zeros(1))
-        return steps[order.argsort()[slot]]
+        return steps[order.argsort()][slot]
 
     def population(self) -> Population:
         """The particles: each owns one tensor of every name in its blocks, and its place on the tau axis."""
@@ -139,8 +139,8 @@ class _Blocks(Population):
     def within(self, copy: nn.Module) -> Population:
         if not isinstance(copy, ConvertedStage) or len(copy) != self.size:
             raise ValueError(
-                f"{self.name}: the copy ({type(copy).__name__}) is no converted stage of {self.size} particles; averaged "
-                f"copies must have the structure of the model they follow"
+                f"{self.name}: the copy ({type(copy).__name__}) is no converted stage of {self.size} particles; "
+                f"averaged copies must have the structure of the model they follow"
             )
         return copy.population()
 

@@ -7,7 +7,7 @@ whole branches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -42,6 +42,7 @@ class Inputs:
 
             handles.append(modules[name].register_forward_pre_hook(keep, with_kwargs=True))
         try:
+            model.train().eval()  # clears tables cached in eval mode
             with undisturbed():
                 run(model, example_input)
         finally:
@@ -91,12 +92,14 @@ class Trial:
 
     def same_function(self, other: nn.Module) -> str | None:
         """Whether ``other``, given this block's tensors, computes the same; the reason if it does not."""
-        other.train().eval()
         theirs = named_tensors(self.module)
+        other.train().eval()
         try:
             out = self.run(lambda *a, **k: torch.func.functional_call(other, theirs, a, k))
         except Exception as error:
             return f"with equal tensors it fails ({type(error).__name__}: {error})"
+        finally:
+            other.train().eval()
         change = self.distance(out, self.output)
         return None if change <= TOLERANCE else f"with equal tensors its output differs by {change:.0e}"
 
@@ -105,7 +108,7 @@ class Trial:
         self.module.train().eval()
         record = trace(_Called(self.module, self.args, self.kwargs), ())
         call = next(c for c in record.calls if c.name == "module")
-        found = nested_additions(call)
+        found = nested_additions(call, record.nodes)
         if len(found) != len(self.block.branches):
             return f"in double precision it shows {len(found)} additions, not {len(self.block.branches)}"
         stages = _Constant()
@@ -117,7 +120,8 @@ class Trial:
                 got = self.run(self.module)
             change = self.distance(got, expected)
             if change > TOLERANCE:
-                return f"scaling {self.block.scaled[0].path!r} by {value:g} differs from scaling the branch by {change:.0e}"
+                what = self.block.scaled[0].path or self.block.scaled[0].site
+                return f"scaling {what!r} by {value:g} differs from scaling the branch by {change:.0e}"
             if value == 0.0 and self.distance(got, self.output) < VISIBLE:
                 return "its branch leaves no trace in its output on the example"
         return None
@@ -136,9 +140,13 @@ def make_sites(block: Block, module: nn.Module, stage: Any, slot: int) -> dict[n
     """The sites of one block in ``module``, the module that it is (or a copy)."""
     by_site: dict[str, list[tuple[str, str, int]]] = {}
     for s in block.scaled:
-        path = s.owner[len(s.site) :].lstrip(".")
-        by_site.setdefault(s.site, []).append((path, s.name, s.power))
-    return {module.get_submodule(name): Site(stage, slot, tuple(scaled)) for name, scaled in by_site.items()}
+        scaled = by_site.setdefault(s.site, [])
+        if s.name:
+            scaled.append((s.owner[len(s.site) :].lstrip("."), s.name, s.power))
+    return {
+        module.get_submodule(name): Site(stage, slot, tuple(scaled), output=not scaled)
+        for name, scaled in by_site.items()
+    }
 
 
 class _Called(nn.Module):
@@ -195,5 +203,3 @@ def _cloned(t: Tensor) -> Tensor:
 
 def _doubled(t: Tensor) -> Tensor:
     return t.detach().double() if t.is_floating_point() else t.detach().clone()
-
-

@@ -17,12 +17,19 @@ PARTS = frozenset(
 )
 
 # Linear in the first argument, without an offset.
-LINEAR = SAME | PARTS | frozenset(
-    "mean sum neg negative avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d interpolate upsample pad cumsum fft fft2 fftn rfft rfft2 rfftn ifft ifft2 ifftn irfft irfft2 "
-    "irfftn fft_fft2 fft_rfft2 fft_irfft2 fft_ifft2 fft_fft fft_ifft fft_rfft fft_irfft fft_fftshift fft_ifftshift "
-    "view_as_complex view_as_real real get_real get_imag imag nanmean tril triu".split()
+LINEAR = (
+    SAME
+    | PARTS
+    | frozenset(
+        "mean sum neg negative avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+        "adaptive_avg_pool3d interpolate upsample pad cumsum fft fft2 fftn rfft rfft2 rfftn ifft ifft2 ifftn irfft "
+        "irfft2 irfftn fft_fft2 fft_rfft2 fft_irfft2 fft_ifft2 fft_fft fft_ifft fft_rfft fft_irfft fft_fftshift "
+        "fft_ifftshift view_as_complex view_as_real real get_real get_imag imag nanmean tril triu".split()
+    )
 )
+
+# Of these the second argument lends its shape or dtype, not its numbers.
+LIKE = frozenset("expand_as view_as reshape_as type_as to".split())
 
 # f(s * x) = s * f(x) for s >= 0 only.
 POSITIVE = frozenset(
@@ -37,7 +44,7 @@ OVER = frozenset("div divide true_divide".split())
 
 # position and name of (input, weight, bias)
 LAYERS: dict[str, tuple[tuple[int, str], ...]] = {
-    **{n: ((0, "input"), (1, "weight"), (2, "bias")) for n in ("linear", "conv1d", "conv2d", "conv3d")},
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), ((0, "input"), (1, "weight"), (2, "bias"))),
     **{f"conv_transpose{d}d": ((0, "input"), (1, "weight"), (2, "bias")) for d in (1, 2, 3)},
     "addmm": ((1, "mat1"), (2, "mat2"), (0, "input")),
     "baddbmm": ((1, "batch1"), (2, "batch2"), (0, "input")),

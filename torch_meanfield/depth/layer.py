@@ -1,4 +1,4 @@
-"""What every population of residual blocks has: n particles on a tau axis, sorted, loaded, copied and averaged alike."""
+"""What every population of residual blocks has: particles on a tau axis, sorted, loaded, copied, averaged alike."""
 
 from __future__ import annotations
 

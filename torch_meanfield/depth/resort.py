@@ -77,7 +77,10 @@ def layers_of(model: nn.Module, caller: str) -> list[MeanFieldLayer]:
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
     layers = [m for m in model.modules() if isinstance(m, MeanFieldLayer)]
     if not layers:
-        raise ValueError(f"{caller}: {type(model).__name__} holds no MeanFieldSequential or converted stage, so there is nothing to sort")
+        raise ValueError(
+            f"{caller}: {type(model).__name__} holds no MeanFieldSequential or converted stage, so there is nothing to "
+            f"sort"
+        )
     return layers
 
 
