@@ -61,6 +61,19 @@ def test_unknown_without_a_model_and_said_once() -> None:
         train(model, optimizer, range(10, 20))
 
 
+def test_nothing_is_said_of_populations_that_are_frozen() -> None:
+    model = Net()
+    inner = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = BirthDeathOptimizer(inner, model, populations=model.slices(), every=5)
+    model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            model(torch.rand(8, 6))
+            optimizer.step()
+    assert optimizer.clock == 5
+
+
 def test_the_count_survives_a_checkpoint_a_copy_and_a_pickle() -> None:
     def make() -> tuple[Net, BirthDeathOptimizer]:
         model = Net()

@@ -140,9 +140,10 @@ class Dynamics:
     def event(self, optimizer: Optimizer, clock: int) -> list[Event]:
         """Kill and give birth in every population. One read from the device, for all of them together."""
         batch = self.batch.size() if self.settings.scheme == "standing_out" else None
-        if batch is None and self.settings.scheme == "standing_out" and self.settings.rate:
+        awake = [i for i, p in enumerate(self.populations) if not frozen(p)]
+        if awake and batch is None and self.settings.scheme == "standing_out" and self.settings.rate:
             self._warn_of_unknown_batch()
-        decisions = {i: self._decide(i, batch) for i, p in enumerate(self.populations) if not frozen(p)}
+        decisions = {i: self._decide(i, batch) for i in awake}
         counts = self._read_counts(decisions)
         events = []
         due = list(zip(decisions.items(), counts, strict=True))
