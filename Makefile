@@ -9,12 +9,13 @@ SOURCES := torch_meanfield recipes tests benchmarks
 # Ruff reads no setup.cfg, so its whole configuration is this line.
 RUFF := --line-length 120 --target-version py310
 
-.PHONY: help install demo test lint types build clean
+.PHONY: help install demo test lint types zoo build clean
 
 help:
 	@echo "make demo   train the vanilla twin and mean-field ResNets on digits; table and picture in runs/demo"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff          make types   mypy --strict on the package"
+	@echo "make zoo    convert every model of timm and torchvision; benchmarks/results/zoo*.csv"
 	@echo "make build  wheel and source archive in dist/"
 	@echo "make clean  remove the environment and everything that was built"
 	@echo "PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV)"
@@ -41,6 +42,11 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy --strict torch_meanfield
+
+# Resumes where it stopped; remove the tables to begin anew.
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --workers $(WORKERS) --library torchvision
 
 build: $(STAMP)
 	$(BIN)/python -m build
