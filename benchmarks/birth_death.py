@@ -141,11 +141,11 @@ def large(n: int, births: str, device: torch.device) -> tuple[BirthDeathOptimize
     z = torch.randn(n, 64, device=device, requires_grad=True)
     c = torch.randn(n, device=device, requires_grad=True)
     inner = torch.optim.SGD([z, c], lr=1e-6, momentum=0.9)
-    optimizer = BirthDeathOptimizer(inner, populations=[(z, 0), (c, 0)], births=births, every=10**9, window=20)
+    optimizer = BirthDeathOptimizer(inner, populations=[(z, 0), (c, 0)], births=births, every=10**9, window=20, batch_size=1)
     for _ in range(21):
         z.grad, c.grad = torch.zeros_like(z), torch.randn(n, device=device)
         due = torch.arange(n, device=device) % 10 == 0
-        c.grad = torch.where(due, c.detach().sign(), torch.where(due.roll(1), -c.detach().sign(), c.grad))
+        c.grad = torch.where(due, c.detach().sign(), torch.where(due.roll(1), -c.detach().sign(), c.grad)) * 1e-3
         optimizer.step()
     touched = [z, c, z.grad, c.grad] + [s for p in (z, c) for s in inner.state[p].values() if isinstance(s, Tensor)]
     return optimizer, [t.detach() for t in touched]
