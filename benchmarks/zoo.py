@@ -10,8 +10,9 @@ the old parameters are bit for bit what they were; an optimizer step that makes 
 momentum; random steps in 0.5 to 1.5, folded and loaded into a fresh plain model with ``strict=True``, give the same
 outputs to 1e-4 in float32 and 1e-10 in float64.
 
-Columns: ``branches`` are those of the converted blocks, ``unfoldable`` those of residual blocks that stay because no
-parameter takes their step; ``checked`` is ``passed``, what failed, or empty (structure only).
+Verdict ``on request``: nothing in it can be folded, so it converts with ``foldable=False`` alone, and ``fold`` must
+refuse it. Columns: ``branches`` are those of the converted blocks, ``unfoldable`` those of residual blocks that stay
+because no parameter takes their step; ``checked`` is ``passed``, what failed, or empty (structure only).
 """
 
 from __future__ import annotations
@@ -43,23 +44,33 @@ def structure(build: Callable[[], Any], shape: tuple[int, ...] | None) -> Row:
     """Convert on the meta device, by structure alone."""
     import torch
 
-    from torch_meanfield import conversion_report, convert
+    from torch_meanfield import conversion_report
 
     start = time.process_time()
     with torch.device("meta"):
         model = build()
         example = None if shape is None else torch.empty(shape)
+    with torch.device("meta"):  # some models make tensors in forward
+        refused = attempt(model, example)
+    row = summary(conversion_report(model)) if refused is None else refused
+    count = sum(p.numel() for n, p in model.named_parameters() if ".tau_axis." not in f".{n}")
+    return row | {"parameters": count, "seconds": f"{time.process_time() - start:.1f}"}
+
+
+def attempt(model: Any, example: Any) -> Row | None:
+    """Convert ``model``; where nothing in it can be folded, with ``foldable=False``. The row of a refusal, or none."""
+    from torch_meanfield import convert
+
     try:
-        with torch.device("meta"):  # some models make tensors in forward
-            convert(model, example)
+        convert(model, example)
     except ValueError as error:
         head, _, reasons = str(error).partition("\n")
         first = reasons.strip().splitlines()[0].strip() if reasons else head
-        row: Row = {"verdict": "refused", "reason": first}
-    else:
-        row = summary(conversion_report(model))
-    count = sum(p.numel() for n, p in model.named_parameters() if ".tau_axis." not in f".{n}")
-    return row | {"parameters": count, "seconds": f"{time.process_time() - start:.1f}"}
+        try:
+            convert(model, example, foldable=False)
+        except ValueError:
+            return {"verdict": "refused", "reason": first}
+    return None
 
 
 def summary(report: Any) -> Row:
@@ -67,7 +78,7 @@ def summary(report: Any) -> Row:
     unfoldable = [f for f in report.fixed if not f.foldable]
     foldable = sum(s.branches * len(s.particles) for s in report.stages if s.foldable)
     return {
-        "verdict": "converted",
+        "verdict": "converted" if all(s.foldable for s in report.stages) else "on request",
         "stages": len(report.stages),
         "particles": report.particles,
         "branches": report.branches,
@@ -82,27 +93,22 @@ def numbers(build: Callable[..., Any], sizes: Iterable[int], channels: int) -> R
     """Convert with weights, on the smallest input that the model takes, and check everything."""
     import torch
 
-    from torch_meanfield import conversion_report, convert
+    from torch_meanfield import conversion_report
 
     torch.manual_seed(0)
     model, examples, arguments = on_smallest_input(build, sizes, channels)
     loosen_(model)
     start = time.process_time()
     plain = copy.deepcopy(model)
-    try:
-        convert(model, examples[:1])
-    except ValueError as error:
-        head, _, reasons = str(error).partition("\n")
-        return {
-            "verdict": "refused", "reason": (reasons.strip().splitlines() or [head])[0].strip(),
-            "input": shape_of(examples), "checked": "refused",
-        }  # fmt: skip
+    refused = attempt(model, examples[:1])
+    if refused is not None:
+        return {**refused, "input": shape_of(examples), "checked": "refused"}
     seconds = time.process_time() - start
     row = summary(conversion_report(model))
     failures = list(check(model, plain, examples, lambda: build(**arguments)))
     with torch.device("meta"):
         twin = build(**arguments)
-        convert(twin, torch.empty(examples[:1].shape))
+        attempt(twin, torch.empty(examples[:1].shape))
     if [s.particles for s in conversion_report(twin)] != [s.particles for s in conversion_report(model)]:
         failures.append("by structure alone other blocks are converted")
     return row | {
@@ -186,6 +192,12 @@ def check(model: Any, plain: Any, examples: Any, build: Callable[[], Any]) -> It
     for stage in conversion_report(model):
         sizes = torch.rand(len(stage.module), generator=steps) + 0.5
         stage.module.set_tau_(sizes.cumsum(0))
+    if not all(stage.foldable for stage in conversion_report(model)):
+        try:
+            fold(model, examples)
+            yield "what cannot be folded was folded"
+        except ValueError:
+            return
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         # train() between the two clears tables that some models cache in eval()
         model, examples = model.to(dtype).train().eval(), examples.to(dtype)
@@ -426,23 +438,26 @@ def main() -> None:
 
 
 def smallest(rows: dict[str, Row]) -> list[str]:
-    """Of each file the model with the fewest parameters that converts."""
-    least: dict[str, tuple[int, str]] = {}
+    """Of each file the model with the fewest parameters that converts, by default rather than on request."""
+    least: dict[str, tuple[bool, int, str]] = {}
     for name, row in rows.items():
-        if row["verdict"] == "converted":
-            entry = (int(row["parameters"]), name)
+        if row["verdict"] in ("converted", "on request"):
+            entry = (row["verdict"] != "converted", int(row["parameters"]), name)
             least[row["file"]] = min(least.get(row["file"], entry), entry)
-    return [name for _, name in least.values()]
+    return [name for *_, name in least.values()]
 
 
 def conclude(rows: dict[str, Row]) -> None:
     """The figures that the table stands for."""
     converted = [r for r in rows.values() if r["verdict"] == "converted"]
+    kept = [r for r in rows.values() if r["verdict"] == "on request"]
     checked = [r for r in rows.values() if r.get("checked")]
     passed = [r for r in checked if r["checked"] == "passed"]
-    foldable = sum(int(r["foldable"]) for r in checked if r["verdict"] == "converted")
-    unfoldable = sum(int(r["unfoldable"]) for r in checked if r["verdict"] == "converted")
+    foldable = sum(int(r["foldable"]) for r in checked if r["verdict"] != "refused")
+    unfoldable = sum(int(r["unfoldable"]) for r in checked if r["verdict"] != "refused")
     print(f"{len(converted)} of {len(rows)} names converted, in {len({r['file'] for r in converted})} files")
+    only = {r["file"] for r in kept} - {r["file"] for r in converted}
+    print(f"{len(kept)} more on request, with branches that cannot be folded: {len(only)} files more, {sorted(only)}")
     print(f"{len(passed)} of {len(checked)} checked with numbers passed")
     print(f"{foldable} of {foldable + unfoldable} branches foldable among them")
     for r in rows.values():
