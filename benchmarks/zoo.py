@@ -24,7 +24,7 @@ import math
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,24 @@ def structure(build: Callable[[], Any], shape: tuple[int, ...] | None) -> Row:
     from torch_meanfield import conversion_report
 
     start = time.process_time()
-    with torch.device("meta"):
-        model = build()
-        example = None if shape is None else torch.empty(shape)
+    model = on_meta(build)
+    example = None if shape is None else torch.empty(shape, device="meta")
     with torch.device("meta"):  # some models make tensors in forward
         refused = attempt(model, example)
     row = summary(conversion_report(model)) if refused is None else refused
     count = sum(p.numel() for n, p in model.named_parameters() if ".tau_axis." not in f".{n}")
     return row | {"parameters": count, "seconds": f"{time.process_time() - start:.1f}"}
+
+
+def on_meta(build: Callable[[], Any]) -> Any:
+    """The model without memory for its weights."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # computes its widths with tensors
+        return build().to("meta")
 
 
 def attempt(model: Any, example: Any) -> Row | None:
@@ -89,14 +99,14 @@ def summary(report: Any) -> Row:
     }
 
 
-def numbers(build: Callable[..., Any], sizes: Iterable[int], channels: int) -> Row:
+def numbers(build: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> Row:
     """Convert with weights, on the smallest input that the model takes, and check everything."""
     import torch
 
     from torch_meanfield import conversion_report
 
     torch.manual_seed(0)
-    model, examples, arguments = on_smallest_input(build, sizes, channels)
+    model, examples, arguments = on_smallest_input(build, shapes)
     loosen_(model)
     start = time.process_time()
     plain = copy.deepcopy(model)
@@ -106,8 +116,8 @@ def numbers(build: Callable[..., Any], sizes: Iterable[int], channels: int) -> R
     seconds = time.process_time() - start
     row = summary(conversion_report(model))
     failures = list(check(model, plain, examples, lambda: build(**arguments)))
+    twin = on_meta(lambda: build(**arguments))
     with torch.device("meta"):
-        twin = build(**arguments)
         attempt(twin, torch.empty(examples[:1].shape))
     if [s.particles for s in conversion_report(twin)] != [s.particles for s in conversion_report(model)]:
         failures.append("by structure alone other blocks are converted")
@@ -122,25 +132,24 @@ def shape_of(examples: Any) -> str:
 
 
 def on_smallest_input(
-    build: Callable[..., Any], sizes: Iterable[int], channels: int
+    build: Callable[..., Any], shapes: Sequence[tuple[int, ...]]
 ) -> tuple[Any, Any, dict[str, int]]:
-    """The model made for the smallest square input it takes, two such inputs, and the arguments it was made with."""
+    """The model made for the smallest of ``shapes`` it takes, two such inputs, and the arguments it was made with."""
     import torch
 
     default = build().eval()
-    *smaller, last = sizes
-    for size in (*smaller, last):
-        for arguments in ({"img_size": size}, {}):
+    for shape in shapes:
+        for arguments in ({"img_size": shape[-1]}, {}):
             try:
                 model = build(**arguments).eval() if arguments else default
-                examples = torch.randn(2, channels, size, size)
+                examples = torch.randn(2, *shape)
                 with torch.no_grad():
                     model(examples[:1])
                     copy.deepcopy(model).train()(examples)
                 return model, examples, arguments
             except Exception:
                 continue
-    return default, torch.randn(2, channels, last, last), {}
+    return default, torch.randn(2, *shapes[-1]), {}
 
 
 def loosen_(model: Any) -> None:
@@ -300,11 +309,11 @@ class Timm:
 
         channels, height, _ = timm.get_pretrained_cfg(name).input_size
         sizes = [s for s in (64, 96, 112, 128, 160, 192, 224, 256) if s < height]
-        return numbers(lambda **a: self.build(name, **a), [*sizes, height], channels)
+        return numbers(lambda **a: self.build(name, **a), [(channels, side, side) for side in (*sizes, height)])
 
 
 class Torchvision:
-    """torchvision's classification models."""
+    """torchvision's models that classify images, and those that classify videos."""
 
     table = RESULTS / "zoo_torchvision.csv"
 
@@ -312,7 +321,12 @@ class Torchvision:
         """The module of each name."""
         import torchvision.models as zoo
 
-        return {n: zoo.get_model_builder(n).__module__.rpartition(".")[2] for n in zoo.list_models(module=zoo)}
+        names = [*zoo.list_models(module=zoo), *zoo.list_models(module=zoo.video)]
+        return {n: zoo.get_model_builder(n).__module__.partition("models.")[2] for n in names}
+
+    def shape(self, name: str, side: int) -> tuple[int, ...]:
+        """Of one input: an image, or a clip of 16."""
+        return (3, 16, side, side) if self.names()[name].startswith("video.") else (3, side, side)
 
     def build(self, name: str, **arguments: Any) -> Any:
         """The model without pretrained weights."""
@@ -323,11 +337,11 @@ class Torchvision:
 
     def structure(self, name: str) -> Row:
         """See :func:`structure`."""
-        return structure(lambda: self.build(name), (1, 3, 224, 224))
+        return structure(lambda: self.build(name), (1, *self.shape(name, 224)))
 
     def numbers(self, name: str) -> Row:
         """See :func:`numbers`."""
-        return numbers(lambda **a: self.build(name), (64, 96, 128, 224), 3)
+        return numbers(lambda **a: self.build(name), [self.shape(name, side) for side in (64, 96, 128, 224)])
 
 
 ZOOS: dict[str, Any] = {"timm": Timm(), "torchvision": Torchvision()}

@@ -100,6 +100,8 @@ def _short(value: Any) -> str:
 
 def plain(value: Any, depth: int = 3) -> Any:
     """``value`` as something that compares by content."""
+    if isinstance(value, nn.Parameter):  # an alias (recurrent layers keep a list): the values are the particle's own
+        return ("parameter", tuple(value.shape), str(value.dtype))
     if isinstance(value, Tensor):
         content = None if value.is_meta or value.numel() > 1_000_000 else value.detach().cpu().tolist()
         return ("tensor", tuple(value.shape), str(value.dtype), content)
