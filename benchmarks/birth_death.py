@@ -141,7 +141,8 @@ def large(n: int, births: str, device: torch.device) -> tuple[BirthDeathOptimize
     z = torch.randn(n, 64, device=device, requires_grad=True)
     c = torch.randn(n, device=device, requires_grad=True)
     inner = torch.optim.SGD([z, c], lr=1e-6, momentum=0.9)
-    optimizer = BirthDeathOptimizer(inner, populations=[(z, 0), (c, 0)], births=births, every=10**9, window=20, batch_size=1)
+    slices = [(z, 0), (c, 0)]
+    optimizer = BirthDeathOptimizer(inner, populations=slices, births=births, every=10**9, window=20, batch_size=1)
     for _ in range(21):
         z.grad, c.grad = torch.zeros_like(z), torch.randn(n, device=device)
         due = torch.arange(n, device=device) % 10 == 0
