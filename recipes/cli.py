@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +14,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.curve import Curve, write_json
 from recipes.errors import BadInput
 from recipes.folder import Folder
-from recipes.record import provenance, read_epochs
+from recipes.record import provenance
 from torch_meanfield.lightning import MeanFieldMonitor
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 DEFAULT_CONFIG = {"digits": "digits.yaml", "fashion-mnist": "resnet20-fashion-mnist.yaml"}
 RUNS = "runs"
+TRAINED_BY = ("max_epochs", "precision", "gradient_clip_val", "accumulate_grad_batches")  # of the trainer's options
 
 
 def spelled_out(args: Sequence[str]) -> list[str]:
@@ -111,7 +111,8 @@ class RecipeCLI(LightningCLI):
         # What only a training can use, and what Lightning refuses without a logger.
         idle = (() if fit else (ModelCheckpoint,)) + (() if logger else (LearningRateMonitor,))
         callbacks = [c for c in trainer.callbacks or [] if not isinstance(c, idle)]
-        kwargs |= {"default_root_dir": folder, "logger": logger or False, "callbacks": callbacks}
+        self.curve = Curve()
+        kwargs |= {"default_root_dir": folder, "logger": logger or False, "callbacks": [*callbacks, self.curve]}
         if not fit:
             kwargs["enable_checkpointing"] = False
         return super().instantiate_trainer(**kwargs)
@@ -128,30 +129,30 @@ class RecipeCLI(LightningCLI):
             raise BadInput(f"--ckpt_path {path}: {error}") from error
 
     def before_fit(self) -> None:
-        self._begun = time.perf_counter()
         # The trainer makes the folders of its loggers before it sets up the data: read what needs no download now.
         if isinstance(self.datamodule.source, Folder):
             self.datamodule.open()
 
     def after_fit(self) -> None:
         """Write ``run.json`` beside the logs: what was trained on what by which versions, and the curves."""
-        seconds = time.perf_counter() - self._begun
+        steps = self.model.steps()  # on all ranks: where tau is sharded, reading it takes all of them
         logger = next((each for each in self.trainer.loggers if isinstance(each, CSVLogger)), None)
         if logger is None or not self.trainer.is_global_zero:
             return
-        metrics = Path(logger.log_dir) / "metrics.csv"
         result = {
             "data": self.datamodule.label,
             "seed": self._get(self.config, "seed_everything"),
             "model": self._get(self.config, "model").as_dict(),
+            "trainer": {option: self._get(self.config, "trainer")[option] for option in TRAINED_BY},
             "optimizer_steps": self.trainer.global_step,
             # null: nobody counted (no monitor among the callbacks)
             "resorts": next((c.resorts for c in self.trainer.callbacks if isinstance(c, MeanFieldMonitor)), None),
-            "seconds": round(seconds, 1),
+            "seconds": round(self.curve.seconds, 1),
             **provenance(self.trainer.strategy.root_device),
-            "epochs": read_epochs(metrics) if metrics.exists() else [],
+            "steps": steps,
+            "epochs": self.curve.epochs,
         }
-        (metrics.parent / "run.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_json(Path(logger.log_dir) / "run.json", result)
 
 
 def run(model_class: type, data_class: type) -> RecipeCLI:

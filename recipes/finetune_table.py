@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
-import statistics
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from recipes.finetune_data import FinetuneData
 from recipes.finetune_export import NotTheSame
 from recipes.finetune_picture import draw
 from recipes.finetune_timm import long_form, run
+from recipes.paired import paired, told
 from recipes.quiet import quieten
 from recipes.record import provenance
 from recipes.sources import Images, Source, Split, open_source
@@ -145,14 +143,10 @@ def last_error(record: dict[str, Any]) -> float:
     return record["epochs"][-1]["val_error"]
 
 
-def paired(of: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]]) -> tuple[float, float]:
+def against_plain(of: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]]) -> tuple[float, float]:
     """Mean over the seeds of the error minus that of the plain run, and half its 95 % confidence interval."""
-    from scipy.stats import t
-
-    pairs = [last_error(of[s]) - last_error(plain[s]) for s in sorted(plain)]
-    if len(pairs) < 2:
-        return pairs[0], math.inf
-    return statistics.mean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    seeds = sorted(plain)
+    return paired([last_error(of[s]) for s in seeds], [last_error(plain[s]) for s in seeds])
 
 
 def table(label: str, pretraining: dict[str, Any], runs: dict[str, dict[int, dict[str, Any]]]) -> str:
@@ -172,12 +166,11 @@ def table(label: str, pretraining: dict[str, Any], runs: dict[str, dict[int, dic
     ]
     for method, of in runs.items():
         errors = [last_error(of[s]) for s in seeds]
-        mean, half_width = paired(of, runs[PLAIN])
-        difference = f"{mean:+.2f}" + (f" ± {half_width:.2f}" if math.isfinite(half_width) else "")
+        mean, half_width = against_plain(of, runs[PLAIN])
         steps = [x for s in seeds for stage in of[s]["steps"].values() for x in stage]
         lines.append(
             f"| {method} | {' | '.join(f'{e:.2f}' for e in errors)} | {sum(errors) / len(errors):.2f} "
-            f"| {'' if method == PLAIN else difference} "
+            f"| {'' if method == PLAIN else told(mean, half_width)} "
             f"| {', '.join(str(of[s]['resorts']) for s in seeds) if steps else ''} "
             f"| {f'{min(steps):.2f} to {max(steps):.2f}' if steps else ''} "
             f"| {max(of[s]['plain_checkpoint']['error'] for s in seeds):.0e} |"
@@ -192,7 +185,7 @@ def remarks(runs: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     for method, of in runs.items():
         if method == PLAIN:
             continue
-        mean, half_width = paired(of, runs[PLAIN])
+        mean, half_width = against_plain(of, runs[PLAIN])
         unsure, n = abs(mean) <= half_width, len(seeds)
         verdict = "not distinguishable from" if unsure else "better than" if mean < 0 else "worse than"
         resorts = sum(of[s]["resorts"] or 0 for s in seeds)
@@ -231,7 +224,6 @@ def main() -> None:
     text = table(label, pretraining, runs)
     everything = [pretraining, *(record for of in runs.values() for record in of.values())]
     made = provenance(torch.device("cpu"))
-    made["versions"]["timm"] = version("timm")
     processor = sum(record["processor_seconds"] for record in everything)
     command = "python " + shlex.join(sys.argv)
     document = {"command": command, "data": label, **made, "processor_seconds": processor}

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from recipes.classifier import Classifier, check
 from recipes.errors import BadInput
 from recipes.finetune_model import Backbone, classifiers, layer_groups, load_weights_
-from torch_meanfield import BirthDeathOptimizer, conversion_report, convert, param_groups
-from torch_meanfield.width import Event
+from torch_meanfield import conversion_report, convert, param_groups
 
 
-class FinetuneTask(LightningModule):
+class FinetuneTask(Classifier):
     """Fine-tune a timm model to classify images, its residual blocks with learnable times unless told otherwise.
 
     Two phases. For ``head_epochs`` only the classifier learns, at a constant rate, and the backbone is in ``eval()``.
@@ -91,22 +88,25 @@ class FinetuneTask(LightningModule):
         in_chans: int = 3,
         side: int = 224,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            label_smoothing=label_smoothing,
+            channels_last=channels_last,
+            birth_death=birth_death,
+            birth_death_every=birth_death_every,
+        )
         if pretrained and checkpoint is not None:
             raise BadInput(f"--pretrained and --checkpoint {checkpoint} are two sources of weights; pass one of them")
-        _check("momentum", momentum, 0.0 <= momentum < 1.0, "a number from 0 to below 1")
-        _check("layer_decay", layer_decay, 0.0 < layer_decay <= 1.0, "a number above 0 and at most 1")
-        _check("warmup", warmup, 0.0 <= warmup < 1.0, "a share of the steps, 0 to below 1")
-        _check("label_smoothing", label_smoothing, 0.0 <= label_smoothing < 1.0, "a number from 0 to below 1")
-        _check("head_epochs", head_epochs, head_epochs >= 0, "0 or more")
-        _check("birth_death_every", birth_death_every, birth_death_every >= 1, "1 or more")
+        check("momentum", momentum, 0.0 <= momentum < 1.0, "a number from 0 to below 1")
+        check("layer_decay", layer_decay, 0.0 < layer_decay <= 1.0, "a number above 0 and at most 1")
+        check("warmup", warmup, 0.0 <= warmup < 1.0, "a share of the steps, 0 to below 1")
+        check("head_epochs", head_epochs, head_epochs >= 0, "0 or more")
         rates = {"lr": lr, "weight_decay": weight_decay, "tau_lr_scale": tau_lr_scale}
         rates |= {} if head_lr is None else {"head_lr": head_lr}
         for argument, value in rates.items():
             least = lr > 0 if argument == "lr" else value >= 0
-            _check(argument, value, math.isfinite(value) and least, "a finite number, at least 0 (lr: above 0)")
+            check(argument, value, math.isfinite(value) and least, "a finite number, at least 0 (lr: above 0)")
         self.backbone = Backbone(name, num_classes, in_chans, side, dict(kwargs or {}))
-        self.net: nn.Module = self.backbone.create(pretrained)
+        self.net = self.backbone.create(pretrained)
         self.told = f"weights of {name} as published" if pretrained else "random weights: training from scratch"
         if checkpoint is not None:
             self.told = load_weights_(self.net, Path(checkpoint), new_head)
@@ -119,21 +119,9 @@ class FinetuneTask(LightningModule):
             self._groups += [g for g in param_groups(self.net, lr, 0.0, tau_lr_scale) if g["name"] == "tau"]
         # Some models hold parameters that never learn, such as fixed position embeddings.
         self._learning = [p for p in self.net.parameters() if p.requires_grad]
-        self.channels_last = channels_last
-        if channels_last:
-            self.net.to(memory_format=torch.channels_last)
+        self.lay_out_()
         self.head_epochs, self.head_factor = head_epochs, (lr if head_lr is None else head_lr) / lr
         self.optimizer, self.momentum, self.warmup = optimizer, momentum, warmup
-        self.label_smoothing = label_smoothing
-        self.birth_death_every = birth_death_every if birth_death else None
-        self.born = 0
-        self._wrapper: BirthDeathOptimizer | None = None
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape ``(B, num_classes)`` for normalised images of shape ``(B, in_chans, H, W)``."""
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.net(images)
 
     def on_train_epoch_start(self) -> None:
         """Choose the phase. Frozen parameters have no gradients, so the backbone costs a forward pass alone."""
@@ -154,33 +142,8 @@ class FinetuneTask(LightningModule):
     def _heads_first(self) -> bool:
         return self.head_epochs > 0 and not getattr(self.trainer, "fast_dev_run", False)
 
-    def _step(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
-        images, labels = batch
-        logits = self(images)
-        smoothing = self.label_smoothing if split == "train" else 0.0
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        error = (logits.detach().argmax(1) != labels).float().mean() * 100
-        self.log_dict(
-            {f"{split}_loss": loss.detach(), f"{split}_error": error},
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(labels),
-            sync_dist=split != "train",
-        )
-        return loss
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step(batch, "val")
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step(batch, "test")
-
     def configure_optimizers(self) -> dict[str, Any]:
-        self._check_strategy()
+        self._check_phases()
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise BadInput(
@@ -200,27 +163,22 @@ class FinetuneTask(LightningModule):
             optimizer = torch.optim.SGD(groups, momentum=self.momentum)
         else:
             optimizer = torch.optim.AdamW(groups)
-        if self.birth_death_every is not None:
-            example = self.backbone.example().to(self.device)
-            every = self.birth_death_every
-            self._wrapper = BirthDeathOptimizer(optimizer, self.net, every=every, example_input=example)
-            self._wrapper.register_event_hook(self._count)
-            optimizer = self._wrapper
+        optimizer = self.wrapped(optimizer, self.backbone.example)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(int(total), head, self.head_factor, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _count(self, event: Event) -> None:
-        self.born += len(event.born)
-
-    def _check_strategy(self) -> None:
-        if self.trainer.world_size == 1:
-            return
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, DDPStrategy):
+    def configure_model(self) -> None:
+        """Nothing to configure; a strategy that would divide the model is refused."""
+        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, DDPStrategy):
             raise BadInput(
                 "--trainer.strategy: on several devices this recipe needs ddp, since the model is folded at "
                 "the end on one of them"
             )
+
+    def _check_phases(self) -> None:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, DDPStrategy):
+            return
         if self._heads_first and not strategy._ddp_kwargs.get("find_unused_parameters"):
             raise BadInput(
                 f"--model.head_epochs {self.head_epochs} on several devices needs --trainer.strategy "
@@ -256,8 +214,3 @@ def rate(total: int, head: int, head_factor: float, warmup: float) -> Callable[[
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (now - rising) / (rest - rising))))
 
     return factor
-
-
-def _check(argument: str, value: float, fits: bool, wanted: str) -> None:
-    if not fits:
-        raise BadInput(f"--model.{argument} {value}: pass {wanted}")

@@ -90,7 +90,6 @@ class FinetuneCLI(RecipeCLI):
             run |= {
                 "weights": self.model.told,
                 "normalised_by": self.datamodule.statistics,
-                "steps": self.model.steps(),
                 "born": self.model.born,
                 "plain_checkpoint": self.exported,
             }

@@ -8,6 +8,7 @@ import warnings
 HARMLESS = (
     "does not have many workers",  # images in memory need none: a batch is one indexing operation
     "callbacks used to create the checkpoint",  # `validate` and `test` leave out those of training
+    "The dirpath has changed",  # a resumed run has a folder of its own; the curve is whole in both
     "`isinstance.treespec, LeafSpec",  # Lightning's own use of a function that torch has deprecated
 )
 

@@ -1,8 +1,7 @@
-"""What a result must say about its making, and reading the curves of a run back."""
+"""What a result must say about its making."""
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch-meanfield", "torch", "torchvision", "lightning")
+PACKAGES = ("torch-meanfield", "torch", "torchvision", "timm", "lightning")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -59,20 +58,3 @@ def _commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def read_epochs(metrics_csv: Path) -> list[dict[str, float]]:
-    """The curves in a CSVLogger's ``metrics.csv``: one dictionary for each epoch.
-
-    Lightning writes training and validation metrics in separate rows, and the monitor's in others; this joins what
-    belongs to one epoch. Keys: ``epoch`` and whichever of ``train_loss``, ``train_error``, ``val_loss``, ``val_error``
-    were logged; errors in percent.
-    """
-    epochs: dict[int, dict[str, float]] = {}
-    with metrics_csv.open(newline="") as file:
-        for row in csv.DictReader(file):
-            found = {k: float(v) for k, v in row.items() if k and k.startswith(("train_", "val_")) and v}
-            if found and row.get("epoch"):
-                epoch = int(float(row["epoch"]))
-                epochs.setdefault(epoch, {"epoch": epoch}).update(found)
-    return [epochs[e] for e in sorted(epochs)]

@@ -6,21 +6,25 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from recipes.classifier import Batch, Classifier, check
 from recipes.errors import BadInput
+from recipes.mixup import Mixup
+from recipes.sharded import shard_
 from torch_meanfield import MeanFieldResNet, param_groups
 
 
-class ImageTask(LightningModule):
+class ImageTask(Classifier):
     """Train a mean-field ResNet, or its vanilla twin, to classify images.
 
     SGD with momentum 0.9; the learning rate is divided by 10 after 50 % and after 75 % of the steps (epochs 80 and
     120 of 160). Logged in each epoch: ``train_loss``, ``train_error``, ``val_loss``, ``val_error``, and by `test`
     ``test_loss``, ``test_error``; errors are in percent. What ``val_`` stands for is the data module's choice: the test
-    images, in the published protocol.
+    images, in the published protocol. With ``mixup``, ``train_error`` counts against the class of the larger share.
 
     Nothing here re-sorts: the model's layers do that after every optimizer step by themselves.
 
@@ -37,8 +41,20 @@ class ImageTask(LightningModule):
         momentum: of SGD.
         weight_decay: of the weights; tau has none.
         tau_lr_scale: learning rate of tau over that of the weights.
+        label_smoothing: share of the target spread over all classes.
+        mixup: alpha of the Beta distribution in which neighbours in a batch are mixed; 0 for none.
+        ema: decay of the exponential moving average of the weights that is evaluated, and kept at the end; null for
+            none.
+        channels_last: memory format of weights and images; faster for convolutions on GPUs.
+        compile: run the network through ``torch.compile``.
+        birth_death: wrap the optimizer, so that hidden units and blocks that do harm or have died are replaced.
+        birth_death_every: optimizer steps between two such events.
         num_classes: taken from the data set on the command line.
         in_chans: channels of the images; taken from the data set on the command line.
+
+    Attributes:
+        net: the network.
+        born: units and blocks replaced so far.
 
     Raises:
         ValueError: a depth that the block type does not have, or a number out of its range.
@@ -58,10 +74,25 @@ class ImageTask(LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         tau_lr_scale: float = 1.0,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        ema: float | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+        birth_death: bool = False,
+        birth_death_every: int = 200,
         num_classes: int = 10,
         in_chans: int = 3,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            label_smoothing=label_smoothing,
+            channels_last=channels_last,
+            birth_death=birth_death,
+            birth_death_every=birth_death_every,
+        )
+        check("momentum", momentum, 0.0 <= momentum < 1.0, "a number from 0 to below 1")
+        check("mixup", mixup, 0.0 <= mixup < math.inf, "a positive number, or 0 for none")
+        check("ema", ema, ema is None or 0.0 < ema < 1.0, "a decay between 0 and 1, or null for none")
         self.net = MeanFieldResNet(
             depth,
             num_classes,
@@ -74,46 +105,70 @@ class ImageTask(LightningModule):
             learn_tau=learn_tau,
             drop_rate=drop_rate,
         )
-        if not 0.0 <= momentum < 1.0:
-            raise BadInput(f"--model.momentum {momentum}: pass a number from 0 to below 1")
         self.groups = {"lr": lr, "weight_decay": weight_decay, "tau_lr_scale": tau_lr_scale}
         param_groups(self.net, **self.groups)  # rates out of range are refused here, and not at the first step
         self.momentum = momentum
+        self.lay_out_()
+        if compile:
+            self.net.compile()  # in place: names in checkpoints stay what they are
+        self.mixup = Mixup(mixup, num_classes) if mixup else None
+        self.ema = ema
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape ``(B, num_classes)`` for normalised images of shape ``(B, in_chans, H, W)``."""
-        return self.net(images)
+    def configure_callbacks(self) -> list[Callback]:
+        """The callback that averages the weights in `fit`; averages of blocks travel with re-sorts by themselves."""
+        if self.ema is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        try:
+            from lightning.pytorch.callbacks import EMAWeightAveraging
+        except ImportError as error:
+            raise BadInput(f"--model.ema {self.ema} needs lightning 2.6 or newer; update it, or pass null") from error
+        return [EMAWeightAveraging(decay=self.ema)]
 
-    def _step(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
-        images, labels = batch
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels)
-        error = (logits.detach().argmax(1) != labels).float().mean() * 100
-        self.log_dict(
-            {f"{split}_loss": loss.detach(), f"{split}_error": error},
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(labels),
-            sync_dist=split != "train",
-        )
-        return loss
+    def configure_model(self) -> None:
+        """Under FSDP2, divide the network over the devices."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard_(self.net, self.device_mesh["data_parallel"])
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
+    def setup(self, stage: str) -> None:
+        if self.mixup is not None:
+            self.mixup.seed = torch.initial_seed()  # a checkpoint's seed, if there is one, comes after this
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step(batch, "val")
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step(batch, "test")
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.mixup is not None:
+            batch = self.mixup(*batch, (self.global_rank, self.current_epoch, batch_idx))
+        return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.SGD(param_groups(self.net, **self.groups), momentum=self.momentum)
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise BadInput("the learning rate falls at 50 % and 75 % of the training: end it, --trainer.max_epochs")
+        optimizer = self.wrapped(
+            torch.optim.SGD(param_groups(self.net, **self.groups), momentum=self.momentum), self._example
+        )
         # In steps, so that a schedule of 5 epochs has the same shape as one of 160: the drops may fall inside an epoch.
         milestones = [max(1, round(total * share)) for share in (0.5, 0.75)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _example(self) -> Tensor:
+        """Noise of the shape of an image, always the same; any size goes through this network."""
+        return torch.randn(1, self.net.in_chans, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.mixup is not None:
+            checkpoint["mixup_seed"] = self.mixup.seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.mixup is not None:
+            self.mixup.seed = checkpoint.get("mixup_seed", self.mixup.seed)
+
+    def steps(self) -> dict[str, list[float]]:
+        """Step sizes of the layers that learn them, by name and in the order of execution; empty for the twin.
+
+        Under FSDP2 all ranks must call this, since it gathers.
+        """
+        layers = {name: m for name, m in self.net.mean_field_layers().items() if m.position() is not None}
+        taus = {name: layer.tau_axis.read().clamp(min=0).sort().values for name, layer in layers.items()}
+        return {name: tau.diff(prepend=tau.new_zeros(1)).tolist() for name, tau in taus.items()}

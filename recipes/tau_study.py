@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""How tau should be placed and how fast it should learn: horizon, start and learning rate, on real images.
+
+    python recipes/tau_study.py --data cifar10 [--depth 32] [--epochs 2] [--seeds 3] [--out runs/tau_study]
+    python recipes/tau_study.py --data folder:PATH --label NAME --size 16 -- --trainer.precision bf16-mixed
+
+L20 says neither. Every setting starts from the weights of the vanilla twin of its seed and sees the same batches; the
+protocol is the published one, shortened. The seeds are done one after the other, so that an interrupted study has whole
+seeds; the same command goes on from there. ``--out`` holds tau_study.md, tau_study.png, tau_study.json and the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipes.curve import write_json
+from recipes.errors import BadInput, leave
+from recipes.grid import Failed, Job, at_once_by_default, carry_out
+from recipes.paired import paired, told
+from recipes.sources import open_source
+from recipes.tau_picture import draw
+
+CONFIG = "resnet20-cifar10.yaml"
+VANILLA = "vanilla"
+STARTS = ("uniform", "random")
+SCALES = (0.1, 1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the times start, and their learning rate over that of the weights."""
+
+    horizon: float | None
+    start: str
+    scale: float
+
+    @property
+    def name(self) -> str:
+        """Of its runs, without the seed."""
+        return f"horizon-{self.horizon_told}-{self.start}-tau-lr-x{self.scale:g}"
+
+    @property
+    def horizon_told(self) -> str:
+        """``n`` for as many as there are blocks."""
+        return "n" if self.horizon is None else f"{self.horizon:g}"
+
+    @property
+    def args(self) -> list[str]:
+        """Of the recipe."""
+        horizon = "null" if self.horizon is None else str(self.horizon)
+        options = {"horizon": horizon, "tau_init": self.start, "tau_lr_scale": str(self.scale)}
+        return [word for option, value in options.items() for word in (f"--model.{option}", value)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one setting gave over its seeds.
+
+    Attributes:
+        errors: test errors after the last epoch, percent, by seed.
+        difference: mean of error minus the vanilla twin's, points.
+        half_width: half its 95 % interval; infinite for one seed.
+        resorts: by seed.
+        steps: smallest and largest final step size of all layers and seeds.
+        spread: standard deviation of the final step sizes over their mean, layer by layer, in the mean.
+    """
+
+    setting: Setting
+    errors: list[float]
+    difference: float
+    half_width: float
+    resorts: list[int]
+    steps: tuple[float, float]
+    spread: float
+
+
+def settings(depth: int) -> list[Setting]:
+    """All of them. The middle horizon is the square root of the number of blocks in a stage, rounded."""
+    blocks = (depth - 2) // 6
+    horizons = (1.0, float(max(2, round(math.sqrt(blocks)))), None)
+    return [Setting(*each) for each in product(horizons, STARTS, SCALES)]
+
+
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """The vanilla twin and every setting, seed by seed."""
+    common = ["--data.name", args.data, "--data.root", str(args.root), "--model.depth", str(args.depth)]
+    common += ["--trainer.max_epochs", str(args.epochs), "--trainer.devices", "1"]
+    common += ["--data.label", args.label] if args.label else []
+    common += ["--data.size", str(args.size)] if args.size else []
+    out = []
+    for seed in range(args.seeds):
+        seeded = [*common, "--seed_everything", str(seed)]
+        twin = ["--model.learn_tau", "false"]
+        out.append(Job(f"{VANILLA}-{seed}", CONFIG, (*seeded, *twin, *args.more), args.epochs))
+        for setting in settings(args.depth):
+            out.append(Job(f"{setting.name}-{seed}", CONFIG, (*seeded, *setting.args, *args.more), args.epochs))
+    return out
+
+
+def outcome(setting: Setting, records: dict[str, dict[str, Any]], seeds: int) -> Outcome:
+    """What the runs of ``setting`` say."""
+    runs = [records[f"{setting.name}-{seed}"] for seed in range(seeds)]
+    errors, twins = [last_error(r) for r in runs], [last_error(records[f"{VANILLA}-{s}"]) for s in range(seeds)]
+    difference, half_width = paired(errors, twins)
+    layers = [steps for run in runs for steps in run["steps"].values()]
+    flat = [step for steps in layers for step in steps]
+    spread = statistics.mean(statistics.pstdev(s) / max(statistics.mean(s), 1e-12) for s in layers)
+    resorts = [int(run["resorts"]) for run in runs]
+    return Outcome(setting, errors, difference, half_width, resorts, (min(flat), max(flat)), spread)
+
+
+def last_error(record: dict[str, Any]) -> float:
+    """Test error after the last epoch, in percent; chance level's worst, 100, for a run that came to no number."""
+    error = record["epochs"][-1]["val_error"]
+    return error if math.isfinite(error) else 100.0
+
+
+def rendered(
+    outcomes: list[Outcome], records: dict[str, dict[str, Any]], args: argparse.Namespace, command: str
+) -> str:
+    """The study on one page of Markdown."""
+    twins = [last_error(records[f"{VANILLA}-{seed}"]) for seed in range(args.seeds)]
+    one = records[f"{VANILLA}-0"]
+    blocks = (args.depth - 2) // 6
+    size = f", {args.size}x{args.size} pixels" if args.size else ""
+    lines = [
+        f"ResNet-{args.depth} (stages of {blocks}, {blocks - 1} and {blocks - 1} particles) on "
+        f"{args.label or args.data}{size}, {args.epochs} epochs of the published protocol, {args.seeds} seeds. The "
+        f"vanilla twin: {', '.join(f'{e:.2f}' for e in twins)} % (mean {statistics.mean(twins):.2f}).",
+        "",
+        "| horizon | start | learning rate of tau | test error, % | minus vanilla, paired, 95 % | re-sorts, by seed "
+        "| final step sizes | their spread in a stage |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for o in outcomes:
+        s = o.setting
+        lines.append(
+            f"| {s.horizon_told} | {s.start} | x{s.scale:g} | {statistics.mean(o.errors):.2f} "
+            f"| {told(o.difference, o.half_width)} | {', '.join(map(str, o.resorts))} "
+            f"| {o.steps[0]:.2f} to {o.steps[1]:.2f} | {100 * o.spread:.0f} % |"
+        )
+    hours = sum(r["seconds"] for r in records.values()) / 3600
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *findings(outcomes),
+            "",
+            f"Made by `{command}`: {len(records)} runs, {hours:.1f} hours of training, precision "
+            f"{one['trainer']['precision'] or 32}, on {one['device']}, {one['threads']} thread; torch "
+            f"{one['versions']['torch']}, commit {', '.join(sorted({str(r['commit']) for r in records.values()}))}.",
+            "",
+        ]
+    )
+
+
+def findings(outcomes: list[Outcome]) -> list[str]:
+    """What the table says, from its own figures."""
+    best = min(outcomes, key=lambda o: o.difference)
+    better = [o for o in outcomes if o.difference + o.half_width < 0]
+    worse = [o for o in outcomes if o.difference - o.half_width > 0]
+    active = [o for o in outcomes if any(o.resorts)]
+    said = [
+        f"- {len(better)} of {len(outcomes)} settings are better than the vanilla twin beyond their interval, "
+        f"{len(worse)} worse. Of so many, about {0.025 * len(outcomes):.1f} of each are expected by chance alone.",
+        f"- Lowest mean: {_words(best)}, {told(best.difference, best.half_width)} points.",
+        f"- Blocks change places in {len(active)} settings.",
+    ]
+    for axis in ("horizon_told", "start", "scale"):
+        by: dict[Any, list[Outcome]] = {}
+        for o in outcomes:
+            by.setdefault(getattr(o.setting, axis), []).append(o)
+        means = ", ".join(
+            f"{value if axis != 'scale' else f'x{value:g}'} {statistics.mean(o.difference for o in some):+.2f}"
+            for value, some in by.items()
+        )
+        title = {"horizon_told": "horizon", "start": "start", "scale": "learning rate of tau"}[axis]
+        said.append(f"- Mean difference by {title}: {means}.")
+    return said
+
+
+def _words(o: Outcome) -> str:
+    return f"horizon {o.setting.horizon_told}, {o.setting.start} start, tau at x{o.setting.scale:g}"
+
+
+def asked(argv: list[str]) -> argparse.Namespace:
+    """The options.
+
+    Raises:
+        BadInput: a number out of its range.
+    """
+    parser = argparse.ArgumentParser(description="Horizon, start and learning rate of tau on real images.")
+    parser.add_argument("--data", default="cifar10", help="digits, fashion-mnist, cifar10, cifar100, or folder:PATH")
+    parser.add_argument("--label", help="how the page names the data set; its own name by default")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision keeps what it downloads")
+    parser.add_argument("--size", type=int, help="side in pixels to which the images of a folder are resized")
+    parser.add_argument("--depth", type=int, default=32, help="6k + 2 (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, help="runs at once (default: 3 on each GPU, or one on each core)")
+    parser.add_argument("--out", type=Path, default=Path("runs/tau_study"))
+    parser.add_argument("more", nargs="*", help="further options of every run, behind `--`")
+    args = parser.parse_args(argv)
+    for name in ("epochs", "seeds", "jobs", "size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name} {value}: pass at least 1")
+    if args.depth < 14 or (args.depth - 2) % 6:
+        raise BadInput(f"--depth {args.depth}: pass 6k + 2, at least 14, so that every stage has blocks to sort")
+    return args
+
+
+def main() -> None:
+    command = "python recipes/tau_study.py " + shlex.join(sys.argv[1:])
+    try:
+        args = asked(sys.argv[1:])
+        open_source(args.data, args.root, args.size)  # a wrong --data is told before a process is started
+        records = carry_out(jobs(args), args.out / "runs", args.jobs or at_once_by_default())
+    except BadInput as error:
+        leave("tau_study.py", error)
+    except Failed as error:
+        print(f"tau_study.py: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        print("tau_study.py: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    outcomes = [outcome(setting, records, args.seeds) for setting in settings(args.depth)]
+    text = rendered(outcomes, records, args, command)
+    plain = [{**asdict(o), "half_width": o.half_width if math.isfinite(o.half_width) else None} for o in outcomes]
+    write_json(args.out / "tau_study.json", {"command": command, "outcomes": plain, "runs": list(records.values())})
+    (args.out / "tau_study.md").write_text(text)
+    title = f"ResNet-{args.depth} on {args.label or args.data}, {args.epochs} epochs, {args.seeds} seeds"
+    draw(args.out / "tau_study.png", outcomes, title)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
