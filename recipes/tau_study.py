@@ -16,7 +16,7 @@ import math
 import shlex
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,9 @@ class Setting:
         horizon = "null" if self.horizon is None else str(self.horizon)
         options = {"horizon": horizon, "tau_init": self.start, "tau_lr_scale": str(self.scale)}
         return [word for option, value in options.items() for word in (f"--model.{option}", value)]
+
+
+DEFAULT = Setting(None, "uniform", 1.0)  # of MeanFieldResNet and param_groups
 
 
 @dataclass(frozen=True)
@@ -177,17 +180,30 @@ def findings(outcomes: list[Outcome]) -> list[str]:
         f"- Lowest mean: {_words(best)}, {told(best.difference, best.half_width)} points.",
         f"- Blocks change places in {len(active)} settings.",
     ]
-    for axis in ("horizon_told", "start", "scale"):
-        by: dict[Any, list[Outcome]] = {}
-        for o in outcomes:
-            by.setdefault(getattr(o.setting, axis), []).append(o)
-        means = ", ".join(
-            f"{value if axis != 'scale' else f'x{value:g}'} {statistics.mean(o.difference for o in some):+.2f}"
-            for value, some in by.items()
-        )
-        title = {"horizon_told": "horizon", "start": "start", "scale": "learning rate of tau"}[axis]
-        said.append(f"- Mean difference by {title}: {means}.")
+    for axis, title in (("horizon", "horizon"), ("start", "start"), ("scale", "learning rate of tau")):
+        usual, against = getattr(DEFAULT, axis), []
+        for value in dict.fromkeys(getattr(o.setting, axis) for o in outcomes):
+            if value == usual:
+                continue
+            ours, theirs = matched(outcomes, axis, value, usual)
+            against.append(f"{_level(axis, value)} {told(*paired(ours, theirs))}")
+        pairs = len(outcomes[0].errors) * sum(getattr(o.setting, axis) == usual for o in outcomes)
+        first = f"{title.capitalize()} against {_level(axis, usual)}, all else equal ({pairs} pairs)"
+        said.append(f"- {first}: {', '.join(against)}.")
     return said
+
+
+def matched(outcomes: list[Outcome], axis: str, value: Any, usual: Any) -> tuple[list[float], list[float]]:
+    """Errors of the settings with ``value`` on one axis, and of those that differ from them by ``usual`` there."""
+    of = {o.setting: o.errors for o in outcomes}
+    pairs = [(of[s], of[replace(s, **{axis: usual})]) for s in of if getattr(s, axis) == value]
+    return [e for ours, _ in pairs for e in ours], [e for _, theirs in pairs for e in theirs]
+
+
+def _level(axis: str, value: Any) -> str:
+    return (
+        f"x{value:g}" if axis == "scale" else "n" if value is None else str(value if axis == "start" else f"{value:g}")
+    )
 
 
 def _words(o: Outcome) -> str:
