@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recipes.errors import BadInput
+from recipes.sharded import Plan
 from torch_meanfield import BirthDeathOptimizer
 from torch_meanfield.width import Event
+from torch_meanfield.width.saved import KEY
 
 Batch = tuple[Tensor, Tensor]
+APART = "birth_death"  # where a checkpoint of a sharded run keeps what its optimizer state has no room for
 
 
 class Classifier(LightningModule):
@@ -50,6 +53,7 @@ class Classifier(LightningModule):
         self.birth_death_every = birth_death_every if birth_death else None
         self.born = 0
         self._wrapper: BirthDeathOptimizer | None = None
+        self._plan: Plan | None = None  # the populations of a network that is sharded
 
     def lay_out_(self) -> None:
         """Give the weights of ``net`` their memory format; call it when they exist."""
@@ -75,7 +79,7 @@ class Classifier(LightningModule):
             on_epoch=True,
             prog_bar=True,
             batch_size=len(labels),
-            sync_dist=split != "train",
+            sync_dist=True,
         )
         return loss
 
@@ -95,21 +99,35 @@ class Classifier(LightningModule):
         """
         if self.birth_death_every is None:
             return optimizer
-        every = self.birth_death_every
-        self._wrapper = BirthDeathOptimizer(
-            optimizer, self.net, every=every, example_input=example().to(self.device)
-        )
+        options: dict[str, Any] = {"every": self.birth_death_every, "batch_size": self._compiled_batch()}
+        if self._plan is None:
+            options["example_input"] = example().to(self.device)
+        else:
+            options["populations"] = self._plan.within(self.net)
+        self._wrapper = BirthDeathOptimizer(optimizer, self.net, **options)
         self._wrapper.register_event_hook(self._count)
         return self._wrapper
+
+    def _compiled_batch(self) -> int | None:
+        """Images behind a step of a compiled network, whose layers do not show them to the optimizer's counter."""
+        each: int | None = getattr(self.trainer.datamodule, "batch_size", None)
+        if self.net._compiled_call_impl is None or each is None:
+            return None
+        return each * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def _count(self, event: Event) -> None:
         self.born += len(event.born)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["born"] = self.born
+        if self._plan is not None and self._wrapper is not None:
+            # The tools that gather a sharded optimizer's state take what torch's own optimizers have.
+            checkpoint[APART] = self._wrapper.state_dict()[KEY]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.born = checkpoint.get("born", 0)
+        if self._plan is not None and self._wrapper is not None and APART in checkpoint:
+            self._wrapper.load_state_dict({**self._wrapper.optimizer.state_dict(), KEY: checkpoint[APART]})
 
 
 def check(argument: str, value: Any, fits: bool, wanted: str) -> None:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError
+import math
+import warnings
+from argparse import ArgumentError, ArgumentTypeError
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.curve import Curve, write_json
 from recipes.errors import BadInput
 from recipes.folder import Folder
 from recipes.record import provenance
+from recipes.resume import check_same_run
+from recipes.saving import WholeFiles, out_of_room
 from torch_meanfield.lightning import MeanFieldMonitor
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -30,10 +39,12 @@ def spelled_out(args: Sequence[str]) -> list[str]:
     """The arguments with ``--data NAME`` as ``--data.name NAME``, and the configuration for NAME if none is given.
 
     The name stands for the data module's own argument; a path to a YAML file keeps jsonargparse's meaning, the
-    configuration of the whole group. Spelling out twice changes nothing.
+    configuration of the whole group. Configurations come first, so that every option overrides them wherever it stands.
+    Spelling out twice changes nothing.
     """
     out: list[str] = []
-    data, given, words = "digits", False, iter(args)
+    configs: list[str] = []
+    data, words = "digits", iter(args)
     for word in words:
         option, equals, value = word.partition("=")
         if option in ("--data", "--data.name"):
@@ -44,13 +55,25 @@ def spelled_out(args: Sequence[str]) -> list[str]:
                 data = value
                 out += ["--data.name", value]
             continue
-        given |= option in ("-c", "--config")
+        if option in ("-c", "--config"):
+            configs += [word] if equals else [word, *islice(words, 1)]
+            continue
         out.append(word)
     asks_for_help = not out or out[0].startswith("-") or {"-h", "--help"} & set(out)
-    if not given and not asks_for_help:
-        # Behind the subcommand and before all options, so that every option overrides it.
-        out[1:1] = ["--config", str(CONFIGS / DEFAULT_CONFIG.get(data, "resnet20-cifar10.yaml"))]
-    return out
+    if not configs and not asks_for_help:
+        configs = ["--config", str(CONFIGS / DEFAULT_CONFIG.get(data, "resnet20-cifar10.yaml"))]
+    return [*out[:1], *configs, *out[1:]]  # behind the subcommand
+
+
+def share(text: str) -> float:
+    """A share of the configuration's epochs, as ``0.0625`` or ``1/16``."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ArgumentTypeError(f"{text!r} is no number; pass a share such as 0.0625 or 1/16") from error
+    if not 0.0 < value <= 1.0:
+        raise ArgumentTypeError(f"{text} is no share; pass a number above 0 and at most 1")
+    return value
 
 
 class RecipeCLI(LightningCLI):
@@ -64,13 +87,35 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
+        parser.add_argument(
+            "--schedule", type=share, default=None, help="share of the configuration's epochs, such as 1/16"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             raise BadInput(str(error)) from error
-        self._checkpoint = self._read_checkpoint(self.config[self.config["subcommand"]].get("ckpt_path"))
+        subcommand = self.config["subcommand"]
+        config = self.config[subcommand]
+        self._shorten(config)
+        path = config.get("ckpt_path")
+        self._checkpoint = self._read_checkpoint(path)
+        if subcommand == "fit" and self._checkpoint is not None:
+            known = self._parser(subcommand)
+            plain = [yaml.safe_load(known.dump(c, skip_none=False)) for c in (config, known.get_defaults())]
+            check_same_run(Path(path), *plain)
+
+    @staticmethod
+    def _shorten(config: Any) -> None:
+        """Put ``schedule`` into effect: what is kept beside the run are its epochs, and no share of them."""
+        if config.get("schedule") is None:
+            return
+        whole = config["trainer.max_epochs"]
+        if whole is None or whole < 1:
+            raise BadInput(f"--schedule is a share of trainer.max_epochs, which is {whole}; pass --trainer.max_epochs")
+        config["trainer.max_epochs"] = max(1, math.floor(whole * config["schedule"] + 0.5))
+        config["schedule"] = None
 
     @staticmethod
     def _read_checkpoint(path: str | None) -> dict[str, Any] | None:
@@ -96,11 +141,13 @@ class RecipeCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        # ImportError: a precision or a logger of a package that is not installed.
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise BadInput(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self._try_checkpoint()
+        self._check_strategy()
         trainer, fit = self._get(self.config_init, "trainer"), self.subcommand == "fit"
         folder = trainer.default_root_dir or RUNS
         logger = trainer.logger
@@ -115,7 +162,29 @@ class RecipeCLI(LightningCLI):
         kwargs |= {"default_root_dir": folder, "logger": logger or False, "callbacks": [*callbacks, self.curve]}
         if not fit:
             kwargs["enable_checkpointing"] = False
-        return super().instantiate_trainer(**kwargs)
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] * bool(trainer.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeFiles()]
+        with warnings.catch_warnings():
+            # Lightning would go on in another precision than the one asked for.
+            warnings.filterwarnings("error", ".*AMP with fp16 is not supported on CPU")
+            try:
+                return super().instantiate_trainer(**kwargs)
+            except UserWarning as warning:
+                if "AMP with fp16" not in str(warning):
+                    raise
+                raise BadInput(
+                    f"--trainer.precision {trainer.precision} needs a GPU, and this training is on the CPU; pass "
+                    f"bf16-mixed, which the CPU has too, or 32"
+                ) from warning
+
+    def _check_strategy(self) -> None:
+        strategy = self._get(self.config_init, "trainer").strategy
+        if isinstance(strategy, FSDPStrategy) or strategy in ("fsdp", "fsdp_cpu_offload"):
+            raise BadInput(
+                "--trainer.strategy fsdp: FSDP1 flattens parameters, so that blocks and units cannot be told apart to "
+                "move them; pass fsdp2"
+            )
 
     def _try_checkpoint(self) -> None:
         """Try the checkpoint on the model, so that a misfit is told before the trainer exists or writes anything."""
@@ -127,6 +196,19 @@ class RecipeCLI(LightningCLI):
             self.model.net.load_state_dict(weights)
         except (ValueError, RuntimeError) as error:
             raise BadInput(f"--ckpt_path {path}: {error}") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:  # whoever was writing may have wrapped it
+            full = out_of_room(error)
+            if full is None:
+                raise
+            where = full.filename or self.trainer.log_dir or self.trainer.default_root_dir
+            raise BadInput(
+                f"no room on the disk ({full.strerror}) while writing to {where}; make room, or name another disk by "
+                f"--trainer.default_root_dir, and resume with --ckpt_path, the last checkpoint is whole"
+            ) from error
 
     def before_fit(self) -> None:
         # The trainer makes the folders of its loggers before it sets up the data: read what needs no download now.
@@ -149,6 +231,7 @@ class RecipeCLI(LightningCLI):
             "resorts": next((c.resorts for c in self.trainer.callbacks if isinstance(c, MeanFieldMonitor)), None),
             "seconds": round(self.curve.seconds, 1),
             **provenance(self.trainer.strategy.root_device),
+            "born": self.model.born,
             "steps": steps,
             "epochs": self.curve.epochs,
         }

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
-from recipes.augment import crop_padding, normalise, pad_crop_mirror
+from recipes.augment import crop_padding, cut_windows, normalise
 from recipes.errors import BadInput
 from recipes.folder import Folder
+from recipes.order import Order
+from recipes.resident import ResidentLoader, fits
 from recipes.sources import Images, open_source
 
 Batch = tuple[Tensor, Tensor]
@@ -33,12 +35,14 @@ class InMemory(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, index: list[int]) -> Batch:
-        batch = self.images.select(torch.tensor(index))
-        return batch.pixels, batch.labels
+    def __getitems__(self, index: list[Any]) -> tuple[Tensor, ...]:
+        """Pixels and labels; of an :class:`.Order` with crops, which gives pairs, the windows to cut as well."""
+        numbers, *windows = torch.tensor(index).view(len(index), -1).unbind(1)
+        batch = self.images.select(numbers)
+        return batch.pixels, batch.labels, *windows
 
 
-def as_it_is(batch: Batch) -> Batch:
+def as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The collation of :class:`InMemory`, whose batches are whole already."""
     return batch
 
@@ -69,13 +73,15 @@ class ImageData(LightningDataModule):
     images, as in the paper's curves. Take the last epoch, not the best one, as the result then; or set
     ``val_fraction``.
 
-    Images that fit into memory are decoded once into one ``uint8`` tensor; crops and mirror images are made from it
-    batch by batch, on the device of the batch. A folder that does not fit is read by ``ImageFolder`` in DataLoader
-    workers, with torchvision's transforms of the same distribution.
+    Images that fit into memory are decoded once into one ``uint8`` tensor. Where that fits on the trainer's device, it
+    is kept there, and a :class:`.ResidentLoader` makes crops and mirror images from it batch by batch; else batches
+    come through a ``DataLoader`` and are cropped when they have arrived, with the same draws. A folder that does not
+    fit into memory is read by ``ImageFolder`` in DataLoader workers, with torchvision's transforms of the same
+    distribution.
 
     The order of the images and the crops follow the seed and nothing else (a model that draws more or fewer random
     numbers sees the same batches), and both continue where they stopped when a checkpoint of the end of an epoch
-    is resumed.
+    is resumed. Several processes share one order, each with crops of its own.
 
     Args:
         name: digits, fashion-mnist, cifar10, cifar100, or folder:PATH (PATH/train/CLASS/*, PATH/test/CLASS/*).
@@ -89,6 +95,8 @@ class ImageData(LightningDataModule):
         size: side in pixels to which the images of a folder are resized; null if they have one size.
         memory_limit_gib: the most memory that decoded images may take, in GiB; a larger folder is streamed.
         workers: DataLoader workers; null for 0 in memory and up to 4 for a streamed folder.
+        resident: whether the decoded images are kept on the trainer's device; null if they fit there (on a GPU: into
+            half of its free memory).
         label: how results name the data set; null for its name.
 
     Raises:
@@ -109,6 +117,7 @@ class ImageData(LightningDataModule):
         memory_limit_gib: float = 2.0,
         workers: int | None = None,
         label: str | None = None,
+        resident: bool | None = None,
     ) -> None:
         super().__init__()
         for argument, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -128,8 +137,9 @@ class ImageData(LightningDataModule):
         self.mirror = self.source.mirror if mirror is None else mirror
         self.val_fraction = val_fraction
         self.memory_limit = memory_limit_gib * 2**30
-        self.workers = workers
+        self.workers, self.resident = workers, resident
         self._generator = torch.Generator()
+        self._on_device: tuple[torch.device, dict[str, Images]] | None = None
         self._seeded = False
         self._data: dict[str, Dataset[Any]] = {}
 
@@ -146,7 +156,6 @@ class ImageData(LightningDataModule):
         if not self._seeded:
             # A checkpoint's state, if there is one, comes after this.
             self._generator.manual_seed(torch.initial_seed())
-            self._leave_rank_zero()
             self._seeded = True
 
     def open(self) -> None:
@@ -158,6 +167,11 @@ class ImageData(LightningDataModule):
         if self._data:
             return
         self._stream = self.streamed
+        if self._stream and self.resident:
+            raise BadInput(
+                f"--data.resident true: the images are too many for memory and are streamed; raise "
+                f"--data.memory_limit_gib ({self.memory_limit / 2**30:g}), or pass --data.resident null"
+            )
         if self._stream:
             assert isinstance(self.source, Folder)
             side = self.source.side()
@@ -195,34 +209,84 @@ class ImageData(LightningDataModule):
     def _padding(self, side: int) -> int:
         return crop_padding(side) if self.padding is None else self.padding
 
-    def _loader(self, part: str, batch_size: int) -> DataLoader[Any]:
-        data, train = self._data[part], part == "train"
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _resident(self) -> dict[str, Images] | None:
+        """The decoded images by part on the trainer's device, or ``None`` if they are not to be kept there."""
+        if self._stream or self.resident is False:
+            return None
+        device = self._device
+        if self._on_device is not None and self._on_device[0] == device:
+            return self._on_device[1]
+        parts = {part: data.images for part, data in self._data.items() if isinstance(data, InMemory)}
+        # Without a fraction held back, `val` is `test`: counted and copied once.
+        nbytes = sum({id(images): images.pixels.nbytes for images in parts.values()}.values())
+        if not fits(nbytes, device):
+            if not self.resident:
+                return None
+            raise BadInput(
+                f"--data.resident true: {nbytes / 2**30:.2f} GiB of images are more than half of what is free on "
+                f"{device}; pass --data.resident null"
+            )
+        copies = {id(images): Images(images.pixels.to(device), images.labels.to(device)) for images in parts.values()}
+        self._on_device = device, {part: copies[id(images)] for part, images in parts.items()}
+        return self._on_device[1]
+
+    def _loader(self, part: str, batch_size: int) -> Iterable[Any]:
+        train, resident = part == "train", self._resident()
+        data: Any = self._data[part] if resident is None else resident[part]
+        shares = (None if self.trainer is None else self.trainer.distributed_sampler_kwargs) or {}
+        rank, world_size = shares.get("rank", 0), shares.get("num_replicas", 1)
+        # Lightning's overfit_batches is to show the same images in each epoch.
+        chance = train and not getattr(self.trainer, "overfit_batches", 0)
+        cropped = chance and self.augment and not self._stream
+        order = Order(
+            len(data),
+            self._generator if chance else None,
+            chance,
+            self._pad if cropped else None,
+            self.mirror,
+            rank,
+            world_size,
+        )
+        if resident is not None:
+            return ResidentLoader(data, batch_size, order, self._mean, self._std, self._device)
         default = min(4, os.cpu_count() or 1) if self._stream else 0
         workers = default if self.workers is None else self.workers
         return DataLoader(
             data,
             batch_size,
-            shuffle=train,
-            generator=self._generator if train else None,
+            sampler=order if chance else None,
+            generator=self._for_workers(rank),
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=None if self._stream else as_it_is,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=self._device.type == "cuda",
         )
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def _for_workers(self, rank: int) -> torch.Generator:
+        """What a DataLoader seeds its workers from: unlike in other processes, and no draw from the order's own."""
+        ahead = torch.Generator()
+        ahead.set_state(self._generator.get_state())
+        return torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=ahead)) + 1 + rank)
+
+    def train_dataloader(self) -> Iterable[Any]:
         return self._loader("train", self.batch_size)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> Iterable[Any]:
         return self._loader("val", self.eval_batch_size)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> Iterable[Any]:
         return self._loader("test", self.eval_batch_size)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        pixels, labels = batch
-        if self.augment and not self._stream and self.trainer is not None and self.trainer.training:
-            pixels = pad_crop_mirror(pixels, self._pad, self.mirror, self._generator)
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        pixels, labels, *windows = batch
+        if pixels.is_floating_point():  # a ResidentLoader's batch is finished
+            return pixels, labels
+        if windows:
+            pixels = cut_windows(pixels, self._pad, windows[0], self.mirror)
         self._mean, self._std = self._mean.to(pixels.device), self._std.to(pixels.device)
         return normalise(pixels, self._mean, self._std), labels
 
@@ -231,11 +295,3 @@ class ImageData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._generator.set_state(state_dict["generator"])
-        self._leave_rank_zero()
-
-    def _leave_rank_zero(self) -> None:
-        """Give processes beside the first crops of their own: seed and checkpoint are the same in all."""
-        rank = 0 if self.trainer is None else self.trainer.global_rank
-        if rank:
-            drawn = int(torch.randint(2**62, (1,), generator=self._generator))
-            self._generator.manual_seed(drawn + rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,13 @@ def read_rgb(path: str) -> Image.Image:
         BadInput: the file is not a readable image; it is named.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            # Pillow only warns of 90 to 180 million pixels, and would decode them.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.convert("RGB")
     # Pillow's decoders raise OSError for a truncated file, SyntaxError for a broken PNG, ValueError for some others.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadInput(f"{path} is not a readable image ({type(error).__name__}); replace or remove it") from error
 
 

@@ -6,6 +6,7 @@ import logging
 import warnings
 
 HARMLESS = (
+    "WeightAveraging callback with a model that overrides",  # averages of a divided model are refused here
     "does not have many workers",  # images in memory need none: a batch is one indexing operation
     "callbacks used to create the checkpoint",  # `validate` and `test` leave out those of training
     "The dirpath has changed",  # a resumed run has a folder of its own; the curve is whole in both

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torch_meanfield import MeanFieldSequential
+from torch_meanfield import MeanFieldSequential, Neurons, Slice, find_populations
+from torch_meanfield.particles.population import named_tensors
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's :class:`ModelParallelStrategy` with all devices in one data-parallel group, and checkpoints in one file.
+    """Lightning's :class:`ModelParallelStrategy` with all devices in one data-parallel group.
 
-    Parameters, gradients and optimizer state are divided among the devices. A checkpoint is that of a run on one device
-    but for the form of its optimizer state, so `test` reads it anywhere.
+    Parameters, gradients and optimizer state are divided among the devices; a checkpoint is one file with all of them,
+    and `test` reads it on any number of devices. Batch norm's running statistics are those of each device's own images,
+    and the first device's are what is saved.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -43,3 +45,29 @@ def shard_(net: nn.Module, mesh: DeviceMesh) -> None:
         for block in layer:
             fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
+
+
+class Plan:
+    """The populations of a network, found while it is whole; sharding replaces every parameter by another object.
+
+    Args:
+        net: the network before :func:`shard_`.
+        example: an input of it.
+    """
+
+    def __init__(self, net: nn.Module, example: Tensor) -> None:
+        names = {id(tensor): name for name, tensor in named_tensors(net).items()}
+        self._neurons = [
+            (p.name, p.roles, [(names[id(c.tensor)], c.dim, c.outer, c.inner) for c in p.slices(p.columns)])
+            for p in find_populations(net, example)
+        ]
+
+    def within(self, net: nn.Module) -> list[Neurons | MeanFieldSequential]:
+        """The same populations in the sharded network, and its layers whose blocks have a learned time."""
+        tensors = named_tensors(net)
+        neurons = [
+            Neurons([Slice(tensors[tensor], *place) for tensor, *place in columns], roles, owner=net, name=name)
+            for name, roles, columns in self._neurons
+        ]
+        layers = [m for m in net.modules() if isinstance(m, MeanFieldSequential)]
+        return [*neurons, *(m for m in layers if m.position() is not None and len(m) > 1)]

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import struct
+import sys
+import tarfile
+import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recipes.errors import BadInput
+from recipes.saving import NO_ROOM
 
 Split = Literal["train", "test"]
 
@@ -96,22 +105,67 @@ class Torchvision(Source):
 
         try:
             return getattr(datasets, self._classes[self.name])(self.root, train=split == "train", download=download)
-        # URLError and a refused connection are OSErrors; torchvision reports a bad checksum as a RuntimeError.
-        except (OSError, RuntimeError, EOFError) as error:
+        # URLError and a refused connection are OSErrors; torchvision reports a bad checksum as a RuntimeError; a broken
+        # transfer is an HTTPException, a damaged archive a ReadError or a zlib.error.
+        except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise
             raise BadInput(
-                f"--data {self.name}: it could neither be read from {self.root} nor downloaded to it ({error}); put "
-                f"its files there, or pass --data digits, which needs no download"
+                f"--data {self.name}: it could neither be read from {self.root} nor downloaded to it ({error})"
+                f"{self._told(self.delete_damaged())}; put its files there, or pass --data digits, which needs no "
+                f"download"
             ) from error
 
     def download(self) -> None:
-        self._open("train", download=True)
-        self._open("test", download=True)
+        """Fetch what is missing. What an interrupted download left is deleted first, and named."""
+        damaged = self.delete_damaged()
+        if damaged:
+            print(f"--data {self.name}: downloading anew{self._told(damaged)}", file=sys.stderr)
+        try:
+            self._open("train", download=True)
+            self._open("test", download=True)
+        except BaseException:  # Ctrl-C too
+            self.delete_damaged()
+            raise
+
+    @staticmethod
+    def _told(damaged: list[Path]) -> str:
+        return f"; deleted what was damaged: {', '.join(map(str, damaged))}" if damaged else ""
+
+    def delete_damaged(self) -> list[Path]:
+        """Delete archives with a wrong checksum, and unpacked files that are not whole; their paths."""
+        from torchvision import datasets
+        from torchvision.datasets.utils import check_integrity
+
+        kind = getattr(datasets, self._classes[self.name])
+        checks: list[tuple[Path, Callable[[Path], bool]]]
+        if self.name == "fashion-mnist":
+            raw = self.root / "FashionMNIST" / "raw"
+            checks = [(raw / name, partial(check_integrity, md5=md5)) for name, md5 in kind.resources]
+            # torchvision unpacks in place, and asks no more than whether a file of the name is there.
+            checks += [((raw / name).with_suffix(""), whole_idx) for name, _ in kind.resources]
+        else:  # whether unpacked files are damaged torchvision sees itself, and unpacks them again
+            checks = [(self.root / kind.filename, partial(check_integrity, md5=kind.tgz_md5))]
+        damaged = [path for path, fine in checks if path.is_file() and not fine(path)]
+        for path in damaged:
+            path.unlink()
+        return damaged
 
     def decode(self, split: Split) -> Images:
         data = self._open(split, download=False)
         pixels = torch.as_tensor(data.data)  # (N, H, W, 3) for CIFAR, (N, H, W) for Fashion-MNIST
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         return Images(pixels.contiguous(), torch.as_tensor(data.targets).long())
+
+
+def whole_idx(path: Path) -> bool:
+    """Whether a file in the IDX format of MNIST is as long as its header says: 4 bytes, the sizes, then the bytes."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        if len(head) < 4:
+            return False
+        sizes = struct.unpack(f">{head[3]}I", file.read(4 * head[3]).ljust(4 * head[3], b"\0"))
+    return path.stat().st_size == 4 + 4 * head[3] + math.prod(sizes)
 
 
 NAMES = ("digits", *Torchvision._classes)

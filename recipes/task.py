@@ -14,7 +14,7 @@ from torch import Tensor
 from recipes.classifier import Batch, Classifier, check
 from recipes.errors import BadInput
 from recipes.mixup import Mixup
-from recipes.sharded import shard_
+from recipes.sharded import Plan, shard_
 from torch_meanfield import MeanFieldResNet, param_groups
 
 
@@ -127,6 +127,10 @@ class ImageTask(Classifier):
     def configure_model(self) -> None:
         """Under FSDP2, divide the network over the devices."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            if self.ema is not None:
+                raise BadInput(f"--model.ema {self.ema}: averages of a divided model are not kept; pass null, or ddp")
+            if self.birth_death_every is not None and self._plan is None:
+                self._plan = Plan(self.net, self._example())
             shard_(self.net, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_meanfield import MeanFieldSequential, set_automatic_resort, subscribe
+from torch_meanfield.depth.tau_axis import TauAxis
 from torch_meanfield.lightning import MeanFieldMonitor
 
 
@@ -133,6 +134,71 @@ def test_every_logger_gets_positions_steps_and_counts(tmp_path):
             assert float(rows[-1][f"resorts/{layer}"]) == len(monitor.trajectories[layer].resorts)
         assert float(rows[-1]["resorts/total"]) == monitor.resorts
     assert (tmp_path / "a" / "version_0" / "tau.png").exists()
+
+
+class Forces(Callback):
+    """Gradient and potential of every particle, in each step: by its name, and by its place in time."""
+
+    def __init__(self):
+        self.named, self.placed = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.named.append({})
+        self.placed.append({})
+        for name in ("first", "second"):
+            layer = getattr(pl_module, name)
+            tau, grad = layer.tau_axis.positions().tolist(), layer.tau_axis.offset.grad.tolist()
+            n = len(tau)
+            order = sorted(range(n), key=lambda slot: max(0.0, tau[slot]))
+            potential = {}
+            for place, slot in enumerate(order):
+                step = max(0.0, tau[slot]) - (max(0.0, tau[order[place - 1]]) if place else 0.0)
+                potential[slot] = step * sum(grad[later] for later in order[place:])  # all that move with this step
+            who = [int(branch.name) for branch in layer]
+            self.named[-1][name] = {who[slot]: (grad[slot], potential[slot]) for slot in range(n)}
+            self.placed[-1][name] = [(grad[slot], potential[slot]) for slot in order]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_and_potentials_are_those_of_the_step_that_led_there(tmp_path, accumulate):
+    monitor, forces, logger = MeanFieldMonitor(2, keep=True), Forces(), CSVLogger(tmp_path, "a")
+    _fit(tmp_path, forces, monitor, logger=logger, accumulate_grad_batches=accumulate)
+    assert monitor.resorts > 5
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file) if row["resorts/total"]}
+    last = 20 // accumulate
+    assert list(rows) == list(range(0, last + 1, 2))
+    for name, n in (("first", 5), ("second", 3)):
+        trajectory = monitor.trajectories[name]
+        assert trajectory.grad[0] is trajectory.potential[0] is None  # before the first step
+        assert not rows[0][f"tau_grad/{name}/0"]
+        for k, step in enumerate(range(2, last + 1, 2), 1):
+            named, placed = forces.named[step - 1][name], forces.placed[step - 1][name]
+            assert trajectory.grad[k] == pytest.approx([named[i][0] for i in range(n)])
+            assert trajectory.potential[k] == pytest.approx([named[i][1] for i in range(n)], abs=1e-6)
+            logged = [[float(rows[step][f"{key}/{name}/{i}"]) for i in range(n)] for key in ("tau_grad", "potential")]
+            assert logged[0] == pytest.approx([g for g, _ in placed])
+            assert logged[1] == pytest.approx([v for _, v in placed], abs=1e-6)
+
+
+def test_out_of_order_slots_have_gradients_but_no_potentials(tmp_path):
+    task, monitor, forces = Task(), MeanFieldMonitor(1, plot=False, keep=True), Forces()
+    set_automatic_resort(task, False)
+    _fit(tmp_path, monitor, forces, task=task)
+    assert monitor.trajectories["first"].potential == [None] * 21
+    assert monitor.trajectories["first"].grad[-1] == pytest.approx([forces.named[-1]["first"][i][0] for i in range(5)])
+
+
+def test_tensors_are_read_on_recorded_steps_only_and_gradients_only_for_someone(tmp_path, monkeypatch):
+    reads = []
+    read = TauAxis.read
+    monkeypatch.setattr(TauAxis, "read", lambda axis: reads.append(sys._getframe(1).f_code.co_name) or read(axis))
+    for kwargs, places in (({"plot": False}, []), ({}, ["_record"]), ({"keep": True}, ["_read", "_record"])):
+        reads.clear()
+        _fit(tmp_path, MeanFieldMonitor(5, **kwargs), task=Task(tau_lr=0.0))
+        mine = sorted(name for name in reads if name in ("_read", "_record"))
+        # two layers, four steps, and the beginning, when there is no gradient
+        assert mine == [p for p in places for _ in range(8 if p == "_read" else 10)]
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")  # the resumed run saves nothing

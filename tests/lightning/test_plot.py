@@ -27,6 +27,16 @@ def test_lines_are_particles_and_ticks_are_re_sorts():
     assert figure.get_supxlabel() == "details"
 
 
+def test_step_sizes_are_drawn_by_place_in_time():
+    figure = plot_tau({f"layer {i}": _crossing() for i in range(4)}, steps=True)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(shown) == 8 and len(figure.axes) == 12
+    titled = [ax.get_title().split(":")[0] for ax in shown]
+    assert titled == ["layer 0", "layer 1", "layer 2", "", "", "", "layer 3", ""]
+    for ax in shown[3:6]:
+        assert [line.get_ydata().tolist() for line in ax.lines] == [[1.0, 1.5], [1.0, 0.25]]
+
+
 @pytest.mark.parametrize(("layers", "visible", "places"), [(1, 1, 1), (3, 3, 3), (4, 4, 6)])
 def test_panels_are_wrapped(layers, visible, places, tmp_path):
     figure = plot_tau({f"layer {i}": _crossing() for i in range(layers)})

@@ -45,3 +45,26 @@ def test_the_state_is_plain_and_complete():
     assert again.state_dict() == trajectory.state_dict()
     assert state["steps"] == [0]  # a snapshot, not a view
     assert again.tau[1] == pytest.approx([2.0, 3.0, 1.0])
+
+
+def test_forces_are_kept_by_particle_and_a_checkpoint_without_them_is_read():
+    trajectory = Trajectory(3)
+    trajectory.move(torch.tensor([2, 0, 1]))
+    assert trajectory.by_particle([10.0, 20.0, 30.0]) == [20.0, 30.0, 10.0]
+    trajectory.record(0, torch.tensor([1.0, 2.0, 3.0]))
+    trajectory.record(1, torch.tensor([1.0, 2.0, 3.0]), [4.0, 5.0, 6.0], [7.0, 8.0, 9.0])
+    state = trajectory.state_dict()
+    assert (state["grad"], state["potential"]) == ([None, [4.0, 5.0, 6.0]], [None, [7.0, 8.0, 9.0]])
+    assert Trajectory.from_state_dict(state).state_dict() == state
+    del state["grad"], state["potential"]
+    assert Trajectory.from_state_dict(state).grad == Trajectory.from_state_dict(state).potential == [None, None]
+
+
+def test_a_clone_goes_on_as_a_particle_that_died():
+    trajectory = Trajectory(5)
+    trajectory.move(torch.tensor([1, 0, 2, 3, 4]))
+    trajectory.move(torch.tensor([0, 0, 3, 3, 3]))  # slots 1, 2 and 4 die: particles 0, 2 and 4
+    assert trajectory.who == [1, 0, 3, 2, 4]
+    trajectory.record(1, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]))
+    assert trajectory.tau == [pytest.approx([0.2, 0.1, 0.4, 0.3, 0.5])]
+    assert trajectory.resorts == []

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from recipes.augment import crop_padding, normalise, pad_crop_mirror
+from recipes.augment import crop_padding, cut_windows, draw_windows, normalise, pad_crop_mirror
 
 
 def _windows(image, padding):
@@ -44,6 +44,49 @@ def test_every_window_is_as_likely_as_under_torchvision():
     # 49 degrees of freedom: mean 49, standard deviation 10. Five of them is chance one time in a million.
     assert _chi_square(_counts(ours, windows)) < 100
     assert _chi_square(_counts(theirs, windows)) < 100
+
+
+def test_crops_and_mirror_images_are_as_often_as_under_the_published_transforms():
+    # Each pixel tells its place: row and column of the first one, and its neighbour, are offset and mirroring.
+    place = torch.arange(1, 40 * 40 + 1, dtype=torch.int32).view(1, 40, 40)
+    inner, n, offsets = place[:, 4:36, 4:36], 40_000, []
+    ours = pad_crop_mirror(inner.expand(n, 1, 32, 32), 4, True, torch.Generator().manual_seed(0))[:, 0]
+    torch.manual_seed(0)
+    reference = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+    theirs = torch.stack([reference(inner)[0] for _ in range(n // 4)])
+    for images in (ours, theirs):
+        centre, right = images[:, 15, 15].long(), images[:, 15, 16].long()
+        mirrored = (right < centre).long()
+        left = torch.where(mirrored == 1, images[:, 15, 16].long(), centre) - 1
+        offsets.append(torch.stack([left // 40 - 15, left % 40 - 15, mirrored]))
+        dy, dx, mirrored = offsets[-1]
+        for values, count in ((dy, 9), (dx, 9), (mirrored, 2), ((dy * 9 + dx) * 2 + mirrored, 162)):
+            counts = torch.bincount(values, minlength=count).double()
+            assert len(counts) == count
+            # Mean count - 1, standard deviation sqrt(2 count - 2); five of them is chance one time in a million.
+            assert _chi_square(counts) < count - 1 + 5 * (2 * count - 2) ** 0.5
+    first, second = (o.double() for o in offsets)
+    assert float((first.mean(1) - second.mean(1)).abs().max()) < 5 * 2.6 / (n // 4) ** 0.5
+
+
+def test_drawn_at_once_or_batch_by_batch_the_windows_are_the_same():
+    whole = draw_windows(1000, 4, True, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(torch.cat([draw_windows(k, 4, True, generator) for k in (128, 1, 7, 864)]), whole)
+    assert int(whole.min()) >= 0 and int(whole.max()) < 162
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
+def test_a_window_is_where_its_number_says(dtype):
+    images = torch.randint(1, 256, (50, 2, 5, 4), generator=torch.Generator().manual_seed(0)).to(dtype)
+    windows = torch.arange(50)  # every one there is: padding 2, mirrored and not
+    padded = F.pad(images, (2,) * 4)
+    for image, window, out in zip(padded, windows.tolist(), cut_windows(images, 2, windows), strict=True):
+        dy, dx = window // 5 % 5, window % 5
+        expected = image[:, dy : dy + 5, dx : dx + 4]
+        assert torch.equal(out, expected.flip(2) if window >= 25 else expected)
+    strided = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)[10:]  # channels last, and not from the start
+    assert torch.equal(cut_windows(strided, 2, windows[10:]), cut_windows(images, 2, windows)[10:])
 
 
 def test_the_draws_of_different_images_and_directions_are_independent():
@@ -86,3 +129,8 @@ def test_normalise_is_what_torchvision_does():
 def test_bad_arguments_are_named(images, padding):
     with pytest.raises(ValueError, match="images must have shape|padding must be"):
         pad_crop_mirror(images, padding, True)
+
+
+def test_windows_of_another_number_are_refused():
+    with pytest.raises(ValueError, match=r"windows must have shape \(2,\), got \(3,\)"):
+        cut_windows(torch.zeros(2, 3, 8, 8), 1, torch.zeros(3, dtype=torch.int64))

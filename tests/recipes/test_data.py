@@ -4,23 +4,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
-from torch.utils.data import Subset
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch.utils.data import DataLoader, Subset
 
 from recipes.data import ImageData, InMemory, channel_statistics
 from recipes.errors import BadInput, one_line
+from recipes.resident import ResidentLoader
 
 
-def _trainer(training=True, rank=0):
+def _trainer(training=True, rank=0, world_size=1, **kwargs):
     return SimpleNamespace(
-        training=training, global_rank=rank, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+        training=training,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size} if world_size > 1 else None,
+        **kwargs,
     )
 
 
-def _set_up(name="digits", seed=0, rank=0, **kwargs):
+def _set_up(name="digits", seed=0, rank=0, world_size=1, overfit_batches=0, **kwargs):
     seed_everything(seed, verbose=False)
     data = ImageData(name, **kwargs)
-    data.trainer = _trainer(rank=rank)
+    data.trainer = _trainer(rank=rank, world_size=world_size, overfit_batches=overfit_batches)
     data.setup("fit")
     return data
 
@@ -82,14 +86,125 @@ def test_state_continues_the_order_where_it_stopped():
     assert _same(_batches(resumed), second)
 
 
-def test_processes_of_one_run_draw_different_crops_also_after_resuming():
-    ranks = [_set_up(rank=r) for r in range(3)]
-    state = ranks[0].state_dict()
-    assert len({d._generator.initial_seed() for d in ranks}) == 3
-    for d in ranks:
-        d.load_state_dict(state)
-    draws = [torch.rand(4, generator=d._generator).tolist() for d in ranks]
-    assert draws[0] != draws[1] != draws[2] != draws[0]
+def test_processes_of_one_run_share_the_images_and_draw_different_crops_also_after_resuming():
+    for resident in (True, False):
+        shares = [_images(_set_up(rank=r, world_size=3, resident=resident, augment=False)) for r in range(3)]
+        assert [len(share) for share in shares] == [433] * 3  # 1,297 images and two of them twice
+        assert len({image for share in shares for image in share}) == len(set(_images(_set_up(augment=False))))
+        ranks = [_set_up(rank=r, world_size=3, resident=resident) for r in range(3)]
+        for d in ranks:
+            _batches(d)
+        state = ranks[0].state_dict()
+        second = [_batches(d) for d in ranks]
+        resumed = [_set_up(seed=7, rank=r, world_size=3, resident=resident) for r in range(3)]
+        for d, expected in zip(resumed, second, strict=True):
+            d.load_state_dict(state)  # what rank 0 has written
+            assert _same(_batches(d), expected)
+
+
+def _images(data):
+    return [tuple(x.flatten().tolist()) for batch, _ in _batches(data) for x in batch]
+
+
+def test_processes_crop_the_same_image_differently(image_folder):
+    images = []
+    for rank in range(2):
+        data = _set_up(f"folder:{image_folder}", rank=rank, world_size=2, batch_size=12)
+        data._data["train"].images.pixels[:] = data._data["train"].images.pixels[0]
+        images.append(_batches(data)[0][0])
+    assert not torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("digits", {}), ("digits", {"workers": 1}), ("folder", {"batch_size": 7}), ("folder", {"mirror": False})],
+)
+def test_resident_batches_are_those_of_the_data_loader(name, kwargs, image_folder):
+    name = f"folder:{image_folder}" if name == "folder" else name
+    resident, loaded = (_set_up(name, resident=r, **kwargs) for r in (True, False))
+    assert isinstance(resident.train_dataloader(), ResidentLoader)
+    assert isinstance(loaded.train_dataloader(), DataLoader)
+    for _ in range(2):
+        assert _same(_batches(resident), _batches(loaded))
+        assert torch.equal(resident.state_dict()["generator"], loaded.state_dict()["generator"])
+    for data in (resident, loaded):
+        data.trainer = _trainer(training=False)
+    assert _same(_batches(resident, "val_dataloader"), _batches(loaded, "val_dataloader"))
+
+
+def test_the_images_stay_on_the_device_unless_told_otherwise(image_folder):
+    assert isinstance(_set_up().train_dataloader(), ResidentLoader)
+    assert isinstance(_set_up(resident=False).train_dataloader(), DataLoader)
+    streamed = _set_up(f"folder:{image_folder}", memory_limit_gib=1e-9, workers=0)
+    assert isinstance(streamed.train_dataloader(), DataLoader)
+    data = _set_up()
+    assert data.val_dataloader().pixels.data_ptr() == data.test_dataloader().pixels.data_ptr()
+    assert data.train_dataloader().pixels.data_ptr() == data._data["train"].images.pixels.data_ptr()
+
+
+def test_what_does_not_fit_the_device_is_loaded_and_refused_if_insisted_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr("recipes.data.fits", lambda nbytes, device: asked.append(nbytes))
+    assert isinstance(_set_up().train_dataloader(), DataLoader)
+    assert asked == [1797 * 64]  # the test images, which are those of the validation, once
+    with pytest.raises(BadInput, match=r"--data.resident true: 0.00 GiB of images .* free on cpu"):
+        _set_up(resident=True).train_dataloader()
+
+
+def test_streamed_images_cannot_be_resident(image_folder):
+    with pytest.raises(BadInput, match=r"--data.resident true: the images are too many for memory"):
+        _set_up(f"folder:{image_folder}", memory_limit_gib=1e-9, resident=True)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_overfitting_sees_the_images_as_they_lie(resident):
+    data = _set_up(resident=resident, overfit_batches=1, augment=False)
+    first, again = _batches(data), _batches(data)
+    assert _same(first, again)
+    plain = data.source.decode("train")
+    assert torch.equal(torch.cat([labels for _, labels in first]), plain.labels)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_resumed_training_is_the_uninterrupted_one(resident, tmp_path):
+    class Sums(LightningModule):
+        """Remembers what it was shown."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+        def training_step(self, batch, batch_idx):
+            self.seen.append((batch[0].double().sum().item(), batch[1].sum().item()))
+            return self.weight * 0.0
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def fit(epochs, ckpt_path=None, **kwargs):
+        seed_everything(0, verbose=False)
+        task, data = Sums(), ImageData(resident=resident)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **kwargs,
+        )
+        trainer.fit(task, data, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return task.seen
+
+    for limits in ({}, {"limit_train_batches": 3}):
+        whole, first = fit(3, **limits), fit(1, **limits)
+        assert len(whole) == 3 * len(first) == (9 if limits else 33)
+        assert whole == first + fit(3, tmp_path / "1.ckpt", **limits)
+        assert len(set(whole)) == len(whole)
 
 
 def test_a_folder_too_large_for_memory_is_streamed_with_the_same_statistics(image_folder):

@@ -45,6 +45,51 @@ def test_a_download_that_fails_names_the_data_set_and_the_folder(tmp_path, web, 
         open_source("cifar10", tmp_path / "data").download()
 
 
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_a_partial_archive_is_deleted_named_and_downloaded_anew(tmp_path, request, web, capsys, kind):
+    request.getfixturevalue(f"{kind}_online")
+    source = open_source(kind, tmp_path)
+    archive = tmp_path / getattr(datasets, kind.upper()).filename
+    archive.write_bytes((web[0] / archive.name).read_bytes()[:300])
+    source.download()
+    told = capsys.readouterr().err.splitlines()[0]  # before torchvision's bar
+    assert told == f"--data {kind}: downloading anew; deleted what was damaged: {archive}"
+    assert len(source.decode("test")) == 4
+    source.download()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_download_broken_off_by_hand_leaves_no_partial_file(tmp_path, cifar10_online, monkeypatch):
+    from torchvision.datasets import utils
+
+    def broken(url, path, chunk_size=1):
+        Path(path).write_bytes(b"some of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "_urlretrieve", broken)
+    with pytest.raises(KeyboardInterrupt):
+        open_source("cifar10", tmp_path / "data").download()
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["archive", "unpacked", "header"])
+def test_half_of_fashion_mnist_is_never_read(tmp_path, fashion_mnist_online, capsys, damage):
+    source = open_source("fashion-mnist", tmp_path)
+    source.download()
+    raw = tmp_path / "FashionMNIST" / "raw"
+    unpacked = raw / "train-images-idx3-ubyte"
+    unpacked.write_bytes(unpacked.read_bytes()[: 3 if damage == "header" else 2000])
+    named = [unpacked]
+    if damage == "archive":  # an interruption while it was fetched: there is no unpacked file
+        unpacked.unlink()
+        named = [raw / "train-images-idx3-ubyte.gz"]
+        named[0].write_bytes(named[0].read_bytes()[:-50])
+    capsys.readouterr()
+    source.download()
+    assert ", ".join(map(str, named)) in capsys.readouterr().err
+    assert torch.equal(source.decode("train").pixels, fashion_mnist_online["train"])
+
+
 def test_digits_split_is_fixed_balanced_and_disjoint():
     from sklearn.datasets import load_digits
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch_meanfield.depth.resort import register, sort_
 from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries
 from torch_meanfield.particles import Population
 from torch_meanfield.particles.averages import lineage_of
+from torch_meanfield.particles.loading import loaded_whole
 from torch_meanfield.particles.transport import check_transportable
 
 
@@ -119,6 +120,16 @@ class MeanFieldLayer(nn.Module):
     def _label(self) -> str:
         name = lineage_of(self).name
         return f"{type(self).__name__}{f' {name!r}' if name else ''} ({len(self)} branches)"
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a checkpoint whole or not at all; particles whose tau is not sorted are sorted.
+
+        Raises:
+            TypeError, RuntimeError: as :func:`~torch_meanfield.particles.load_whole_`.
+            ValueError: a tau that is not finite. The layer is unchanged then.
+        """
+        load = super().load_state_dict
+        return loaded_whole(self, state_dict, lambda: load(state_dict, strict=strict, assign=assign))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         check_tau_entries(state_dict, prefix)

@@ -13,6 +13,7 @@ from torch_meanfield.depth.branches import OpeningBlock, basic_branch, bottlenec
 from torch_meanfield.depth.intermediates import forward_intermediates
 from torch_meanfield.depth.sequential import MeanFieldSequential
 from torch_meanfield.depth.tau_axis import check_tau_entries
+from torch_meanfield.particles.loading import check_entries, loaded_whole
 
 BlockType = Literal["basic", "bottleneck", "resnext"]
 _LAYERS_PER_BLOCK = {"basic": 2, "bottleneck": 3, "resnext": 3}
@@ -216,13 +217,15 @@ class MeanFieldResNet(nn.Module):
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a checkpoint; branches whose tau is not sorted are sorted.
+        """Load a checkpoint whole or not at all; branches whose tau is not sorted are sorted.
 
         Raises:
             ValueError: a checkpoint for another depth (both are named), or a tau that is not finite. The model is
                 unchanged then.
-            RuntimeError: missing, unexpected or misshapen entries, as in ``nn.Module``.
+            RuntimeError: missing, unexpected or misshapen entries, as in ``nn.Module``; but the model is unchanged.
+            TypeError: no mapping of names to tensors.
         """
+        check_entries(self, state_dict)
         theirs = _depth_of(state_dict)
         if theirs is not None and theirs != (self.depth, _LAYERS_PER_BLOCK[self.block]):
             kind = "blocks of {} layers".format
@@ -232,7 +235,8 @@ class MeanFieldResNet(nn.Module):
             )
         for name in self.mean_field_layers():
             check_tau_entries(state_dict, f"{name}.")
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        load = super().load_state_dict
+        return loaded_whole(self, state_dict, lambda: load(state_dict, strict=strict, assign=assign))
 
 
 def _blocks_per_stage(depth: int, block: str) -> int:
@@ -253,7 +257,9 @@ def _depth_of(state_dict: Mapping[str, Any]) -> tuple[int, int] | None:
     last = f"stage{_STAGES}."
     if not any(k.startswith(f"{last}opening.") for k in state_dict):
         return None
-    layers = sum(k.startswith(f"{last}opening.branch.conv") and k.endswith(".weight") for k in state_dict)
+    # The last convolution of any block, so that a file which lacks one of them is not taken for another network's.
+    numbers = (k.rpartition(".conv")[2].partition(".")[0] for k in state_dict if k.startswith(last) and ".conv" in k)
+    layers = max((int(n) for n in numbers if n.isdecimal()), default=0)
     names = {k.split(".")[2] for k in state_dict if k.startswith(f"{last}particles.")}
     blocks = 1 + sum(name.isdigit() for name in names)  # the last stage always has an opening block
     return _STAGES * layers * blocks + 2, layers

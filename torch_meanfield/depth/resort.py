@@ -125,10 +125,12 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         layers = [layer for layer in _layers if layer.auto_resort and layer.training]
     if not layers:
         return
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    owned = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     layers = [layer for layer in layers if id(layer.tau_axis.offset) in owned]
     if not layers:
         return
+    # In one order on all ranks (a set has its own in each process): reading a sharded tau is a collective.
+    layers.sort(key=lambda layer: owned[id(layer.tau_axis.offset)])
     for layer in layers:
         lineage_of(layer).following = False  # trained by itself: no longer somebody's average
     if not _out_of_order(layers, getattr(optimizer, "found_inf", None)):

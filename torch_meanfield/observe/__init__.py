@@ -7,3 +7,4 @@ from torch_meanfield.observe.observer import private_copy as private_copy
 from torch_meanfield.observe.observer import run as run
 from torch_meanfield.observe.observer import tensors_in as tensors_in
 from torch_meanfield.observe.observer import undisturbed as undisturbed
+from torch_meanfield.observe.precision import InDouble as InDouble

@@ -80,7 +80,9 @@ def plain_name(func: Callable[..., Any]) -> str:
     return name
 
 
-def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
+def private_copy(
+    model: nn.Module, *, share_parameters: bool = False, parameters: Mapping[int, nn.Parameter] | None = None
+) -> nn.Module:
     """A deep copy in ``eval()`` without the hooks of its user; whatever is done to it, ``model`` does not notice.
 
     Hooks of ``torch.nn.utils`` stay, since weight and spectral normalisation compute their weights in them.
@@ -88,6 +90,7 @@ def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Modu
     Args:
         model: any module.
         share_parameters: let the copy hold the parameters of ``model`` themselves, for a look that changes none.
+        parameters: what the copy is to hold instead of the parameters with these ``id``.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -95,8 +98,10 @@ def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Modu
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
+    memo.update(parameters or {})
     try:
-        copy = deepcopy(model, {id(p): p for p in model.parameters()} if share_parameters else {})
+        copy = deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); the search works on a "

@@ -28,15 +28,31 @@ class Draws:
         """Standard normal numbers, or uniform ones in 0.5 to 1.5."""
         n = math.prod(shape)
         numbers = self.normal if normal else self.uniform
-        offset = int(torch.randint(_DRAWN, (), generator=self.generator))
+        offset = self._offset()
         if offset + n <= _DRAWN:
             return numbers[offset : offset + n].reshape(shape)
-        out = torch.empty(n)
-        out[: _DRAWN - offset] = numbers[offset:]
-        for start in range(_DRAWN - offset, n, _DRAWN):
-            part = out[start : start + _DRAWN]
-            part.copy_(numbers[: len(part)])
-        return out.reshape(shape)
+        return _tile_(torch.empty(n), numbers, offset).reshape(shape)
+
+    def fill_(self, tensor: Tensor, factor: float) -> None:
+        """Standard normal numbers times ``factor``, the same as of :meth:`take`.
+
+        A large matrix is written once, piece by piece, without another one of its size in between.
+        """
+        if tensor.device.type == "cpu" and tensor.numel() > _DRAWN and tensor.is_contiguous():
+            _tile_(tensor.view(-1), self.normal.to(tensor.dtype) * factor, self._offset())
+        else:
+            tensor.copy_(self.take(tensor.shape, normal=True)).mul_(factor)
+
+    def _offset(self) -> int:
+        return int(torch.randint(_DRAWN, (), generator=self.generator))
+
+
+def _tile_(out: Tensor, numbers: Tensor, offset: int) -> Tensor:
+    out[: len(numbers) - offset] = numbers[offset:]
+    for start in range(len(numbers) - offset, len(out), len(numbers)):
+        part = out[start : start + len(numbers)]
+        part.copy_(numbers[: len(part)])
+    return out
 
 
 @torch.no_grad()
@@ -68,7 +84,7 @@ def draw_(tensor: Tensor, draws: Draws, scale: float = 1.0, *, centred: bool = F
     """
     if tensor.ndim >= 2:
         fan_in = max(tensor.numel() // max(tensor.shape[0], 1), 1)
-        tensor.copy_(draws.take(tensor.shape, normal=True)).mul_(scale / math.sqrt(fan_in))
+        draws.fill_(tensor, scale / math.sqrt(fan_in))
     elif centred:
         tensor.copy_(draws.take(tensor.shape, normal=True)).mul_(0.5)
     else:

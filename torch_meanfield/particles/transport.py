@@ -53,7 +53,8 @@ def transport_(
         the motion that was published, or ``None`` if the index (on the CPU) moves nothing.
 
     Raises:
-        ValueError: an index of the wrong length or out of range.
+        ValueError: an index of the wrong length or out of range; a tensor several of whose entries share one place
+            in memory.
         TypeError: optimizer state that cannot be divided among the particles. Nothing has moved in either case.
     """
     n = population.size
@@ -62,6 +63,7 @@ def transport_(
     places = (index != torch.arange(n)).nonzero().squeeze(1) if index.device.type == "cpu" else None
     if places is not None and not places.numel():
         return None
+    _check_memory(population)
     known = check_transportable(population, optimizers) if state else []
     # Whole tensors are moved one by one, so their sources must be known on the host; slices stay on their device.
     stacked = any(isinstance(c, Stack) for c in population.columns)
@@ -78,3 +80,13 @@ def transport_(
     motion = Motion(population, index, cause)
     publish(motion)
     return motion
+
+
+def _check_memory(population: Population) -> None:
+    for column in population.columns:
+        for tensor in column.tensors if isinstance(column, Stack) else (column.tensor,):
+            if any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+                raise ValueError(
+                    f"{population.name}: a tensor of shape {tuple(tensor.shape)} is expanded: several of its entries "
+                    f"share one place in memory and cannot be moved apart; pass .contiguous() or leave it out"
+                )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ class BatchCounter:
         self.module, self.given = module, given
         self.wanted = False
         self.samples = self.steps = 0
+        self._taken = 0  # samples of steps that were taken
+        self._backward = False  # whether gradients of the samples since then exist, or did
         self._handle: RemovableHandle | None = None
 
     def start(self) -> None:
         """Begin anew."""
-        self.samples = self.steps = 0
+        self.samples = self.steps = self._taken = 0
         self.wanted = self.given is None and self.module is not None
         self.resume()
 
@@ -42,8 +44,13 @@ class BatchCounter:
             self._handle = self.module.register_forward_hook(Tap(self, "_see"))
 
     def step(self) -> None:
-        """One optimizer step was taken."""
+        """One optimizer step is taken."""
         self.steps += int(self.wanted)
+        self._taken, self._backward = self.samples, False
+
+    def forget(self) -> None:
+        """It is not: drop the samples since the last one that was."""
+        self.samples, self._backward = self._taken, False
 
     def stop(self) -> None:
         """Leave no trace in the model."""
@@ -65,18 +72,25 @@ class BatchCounter:
 
     def state(self) -> list[int]:
         """What has been counted so far; whether it is being counted."""
-        return [self.samples, self.steps, int(self.wanted)]
+        return [self._taken, self.steps, int(self.wanted)]
 
     def load(self, state: Sequence[int]) -> None:
         """Go on from :meth:`state`."""
         self.stop()
-        self.samples, self.steps = int(state[0]), int(state[1])
+        self.samples = self._taken = int(state[0])
+        self.steps = int(state[1])
         self.wanted = bool(state[2]) and self.given is None and self.module is not None
         self.resume()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and output.ndim > 1:
+            if self._backward and all(p.grad is None for p in module.parameters()):
+                self.forget()  # the gradients were thrown away: a step that was skipped
             self.samples += len(output)
+            cast(Any, output).register_hook(self._arrive)
+
+    def _arrive(self, gradient: Tensor) -> None:
+        self._backward = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}

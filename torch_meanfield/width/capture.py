@@ -117,10 +117,11 @@ class Recorder:
         self._handles: list[RemovableHandle] = []
         self._pending: list[tuple[Tensor, int]] = []
         self._rows = 0
+        self._taken = 0  # how many of the recorded passes belong to steps that were taken
 
     def start(self) -> None:
         """Begin anew."""
-        self.inputs, self.gradients, self._rows, self.wanted = [], [], 0, True
+        self.inputs, self.gradients, self._rows, self._taken, self.wanted = [], [], 0, 0, True
         self.resume()
 
     def resume(self) -> None:
@@ -140,11 +141,24 @@ class Recorder:
             handle.remove()
         self._handles, self._pending = [], []
 
+    def take(self) -> None:
+        """The step is taken whose gradients were recorded last."""
+        self._taken = len(self.gradients)
+
+    def forget(self) -> None:
+        """It is not: drop what was recorded since the last one that was."""
+        if len(self.gradients) == self._taken:
+            return
+        del self.inputs[self._taken :], self.gradients[self._taken :]
+        self._rows = sum(self._count(g) for g in self.gradients)
+        if not self._taken:
+            self.before = self.after = None
+
     def state(self) -> dict[str, Any]:
-        """What has been recorded so far."""
+        """What has been recorded so far, of steps that were taken."""
         return {
-            "inputs": list(self.inputs),
-            "gradients": list(self.gradients),
+            "inputs": self.inputs[: self._taken],
+            "gradients": self.gradients[: self._taken],
             "before": self.before,
             "after": self.after,
         }
@@ -154,7 +168,7 @@ class Recorder:
         self.start()
         self.inputs, self.gradients = list(state["inputs"]), list(state["gradients"])
         self.before, self.after = state["before"], state["after"]
-        self._rows = sum(self._count(g) for g in self.gradients)
+        self._rows, self._taken = sum(self._count(g) for g in self.gradients), len(self.gradients)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": [], "_pending": [], "activation": None}
@@ -170,6 +184,8 @@ class Recorder:
 
     def _at_first(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._pending = []
+        if torch.is_grad_enabled() and self.site.last.weight.grad is None:
+            self.forget()  # its gradients were thrown away
         if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and self._rows < self.limit:
             x = self._rows_of(args[0])
             stride = self._every(x)

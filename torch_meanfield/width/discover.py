@@ -106,10 +106,10 @@ Proposal = Callable[[Search], "tuple[list[Neurons], list[Refused]]"]
 
 def by_labels(search: Search, *, free_groups: bool = False) -> tuple[list[Neurons], list[Refused]]:
     """What label propagation proposes beyond what is found."""
-    # The prover's copy serves: labels depend on shapes, not on values.
     prover = search.prover
-    search.layers = Layers(prover.copy)
-    ledger = propagate(prover.copy, prover.example, free_groups=free_groups, also=search.layers)
+    model, example = prover.as_given()
+    search.layers = Layers(model)
+    ledger = propagate(model, example, free_groups=free_groups, also=search.layers)
     search.followed |= ledger.readers()
     proposed, refused = candidates(ledger, prover.model)
     taken = {(id(c.tensor), c.dim) for p in search.found for c in p.slices(p.columns)}

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from torch_meanfield.particles import place_, transport_
 from torch_meanfield.particles.averages import lineage_of
+from torch_meanfield.particles.copying import whole
 from torch_meanfield.particles.rows import places_of
 from torch_meanfield.width import rates
 from torch_meanfield.width.batch import BatchCounter, seen_at
@@ -101,8 +102,16 @@ class Dynamics:
     def read(self, optimizer: Optimizer) -> None:
         """Take in the potentials of this step, before the parameters move."""
         self.batch.step()
+        for recorder in self.recorders.values():
+            recorder.take()
         for averages in self.averages:
             averages.read(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+
+    def forget_step(self) -> None:
+        """The gradients of the present step are thrown away: so is what was recorded beside them."""
+        self.batch.forget()
+        for recorder in self.recorders.values():
+            recorder.forget()
 
     def advance(self, optimizer: Optimizer) -> None:
         """Let the time of the exact scheme pass by one step's learning rate."""
@@ -201,7 +210,7 @@ class Dynamics:
         fine = torch.stack([a.ok.to(device) for a in self.averages]).all()
         grads = [t.grad for i in decisions for t in _tensors(self.populations[i]) if t.grad is not None]
         if grads:
-            fine = fine & torch.stack([g.sum().isfinite().to(device) for g in grads]).all()
+            fine = fine & torch.stack([whole(g.sum()).isfinite().to(device) for g in grads]).all()
         counts = torch.stack([t.counts().to(device) for t in decisions.values()])
         out: list[list[int]] = (counts * fine).tolist()
         return out

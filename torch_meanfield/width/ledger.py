@@ -39,14 +39,23 @@ class State:
 
 
 NOTHING = State()
+_LOW = (1 << 32) - 1
 
 
 def compact(track: Tensor) -> Tensor:
     """Narrow each dimension along which ``track`` does not vary to size 1."""
     for d in range(track.ndim):
-        if track.shape[d] > 1 and (track.stride(d) == 0 or bool((track == track.narrow(d, 0, 1)).all())):
+        if track.shape[d] > 1 and (track.stride(d) == 0 or not _varies_along(track, d)):
             track = track.narrow(d, 0, 1)
     return track
+
+
+def _varies_along(track: Tensor, dim: int) -> bool:
+    if not track.numel():
+        return False
+    # Where it varies, the first line along ``dim`` mostly shows it, and the whole need not be compared.
+    line = track[tuple(slice(None) if d == dim else 0 for d in range(track.ndim))]
+    return bool((line != line[0]).any()) or not bool((track == track.narrow(dim, 0, 1)).all())
 
 
 def varying(track: Tensor) -> set[int]:
@@ -157,8 +166,7 @@ class Ledger:
 
 def pairs_of(a: Tensor, b: Tensor) -> Tensor:
     """The distinct pairs of labels at the same places, ``(2, k)``, without the places that have no label."""
-    a, b = a + 0 * b, b + 0 * a  # broadcast
-    a, b = a.reshape(-1), b.reshape(-1)
-    labelled = (a != 0) & (b != 0)
-    code = torch.unique((a[labelled] << 32) | b[labelled])
-    return torch.stack([code >> 32, code & 0xFFFFFFFF])
+    # Neighbours are mostly equal: without their repetitions little is left to be sorted.
+    code = torch.unique_consecutive(((a << 32) | b).flatten())
+    code = torch.unique(code[(code >> 32 != 0) & (code & _LOW != 0)])
+    return torch.stack([code >> 32, code & _LOW])

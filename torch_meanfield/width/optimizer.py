@@ -22,6 +22,7 @@ from torch_meanfield.width.laws import Initializer
 from torch_meanfield.width.neurons import Neurons
 from torch_meanfield.width.settings import Births, Scheme, Settings
 from torch_meanfield.width.shared import SharingOptimizer, with_own_hooks
+from torch_meanfield.width.wrapped_state import check_wrapped
 
 Declared = Neurons | nn.Module | Sequence[Slice | tuple[Tensor, int]]
 
@@ -62,8 +63,10 @@ class BirthDeathOptimizer(SharingOptimizer):
     its parent's interval, so that the function changes by :math:`O(\Delta\tau^2)`. Blocks are always cloned,
     whatever ``births`` says.
 
-    Everything stays on the device, with one read per event and none on other steps. Nothing happens on a step that
-    was skipped by a ``GradScaler``, on gradients that are not finite, and in populations with a frozen parameter.
+    Everything stays on the device, with one read per event and none on other steps. (Under a ``GradScaler`` torch reads
+    at each step whether it overflowed, except for fused optimizers, for which it is read here.) A step that was
+    skipped has never been: it is not counted, and nothing of it is remembered. Nothing happens on gradients that are
+    not finite, and in populations with a frozen parameter.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``. ``param_groups``, ``state`` and ``defaults`` are shared with it.
@@ -229,6 +232,11 @@ class BirthDeathOptimizer(SharingOptimizer):
             example, self._glimpse = self._glimpse.take(), None
             assert self._model is not None
             self._settle(discovered(self._model, example, self.optimizer))
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf.any()):  # a fused optimizer, which will skip by itself
+            if self._dynamics is not None:
+                self._dynamics.forget_step()
+            return False
         # Checkpointing makes optimizers initialise by a step with learning rate 0: no time passes in it.
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
         if all(not isinstance(lr, Tensor) and lr == 0 for lr in rates) or self._dynamics is None:
@@ -253,6 +261,12 @@ class BirthDeathOptimizer(SharingOptimizer):
                 for callback in list(self._callbacks.values()):
                     callback(event)
         dynamics.watch(self.clock)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See :meth:`torch.optim.Optimizer.zero_grad`."""
+        if self._dynamics is not None:
+            self._dynamics.forget_step()
+        super().zero_grad(set_to_none)
 
     def register_event_hook(self, callback: Callable[[Event], None]) -> RemovableHandle:
         """Call ``callback(event)`` after each event that changed something; see :class:`Event`.
@@ -297,20 +311,24 @@ class BirthDeathOptimizer(SharingOptimizer):
         ``param_groups`` and ``state`` stay the objects they are, so schedulers go on driving them.
 
         Raises:
-            ValueError: the state is of another model. Nothing has been loaded then.
+            ValueError: the state is damaged or of another model; the entry is named. Nothing has been loaded then.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = dict(state_dict)
         for pre in list(self._optimizer_load_state_dict_pre_hooks.values()):
             result = pre(self, state_dict)
             state_dict = state_dict if result is None else result
+        bare = saved.KEY not in state_dict
         ours = state_dict.pop(saved.KEY, None)
-        if ours is not None:
+        if not bare:
             saved.check_version(ours)
             if self._dynamics is not None:
                 saved.check(ours, self._dynamics)
+        check_wrapped(state_dict, self.optimizer)
         self.load_wrapped(state_dict)
         self._checked = False
-        if ours is None:
+        if bare:
             self.clock = 0
             if self._dynamics is not None:
                 self._dynamics.begin_anew()

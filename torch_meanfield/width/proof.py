@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from torch_meanfield.observe import private_copy, run, tensors_in, undisturbed
+from torch_meanfield.observe import InDouble, private_copy, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, draw_, nudge_, randomise_
 from torch_meanfield.particles import Population, Slice, transport_
 from torch_meanfield.particles.population import named_tensors
@@ -26,6 +27,7 @@ UNCHANGED = 1e-10  # relative; true populations reach 1e-14
 CHANGED = 1e-7  # a thousand times that: what the proof could not see, it must not call unchanged
 CYCLE = 64  # units whose exchange is read off the gradient
 NUDGE = 1e-13
+SCALES = (1.0, 0.5, 0.25, 0.1)  # of the random matrices, in the order they are tried
 MAGNIFIED = 100.0  # rounding errors of 1e-15 then stay three orders below what counts as unchanged
 
 
@@ -72,7 +74,7 @@ class Prover:
 
     def __init__(self, model: nn.Module, example_input: Any, *, seed: int = 0) -> None:
         self.model = model
-        self.copy = private_copy(model).double()
+        self.copy = _double_copy(model)
         for parameter in self.copy.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # frozen ones take part in the proof
         mine, theirs = named_tensors(model), named_tensors(self.copy)
@@ -80,41 +82,65 @@ class Prover:
         self.draws = Draws(seed)
         self.generator = self.draws.generator
         self.seed = seed
-        self.example = _double(example_input)
-        for scale in (1.0, 0.5, 0.25, 0.1):
-            if self._randomise(scale):
-                break
+        self.given, self.example = example_input, _double(example_input)
+        self.graph: Tensor | None = None  # the output of the last forward with gradients, while it can be used
+        self.mode: type[InDouble] | type[nullcontext[None]] = InDouble
+        self.scales = iter(SCALES)
+        self.settled = False  # whether the output is known to be well-conditioned in the parameters
+        self._begin()
+
+    def _begin(self) -> bool:
+        """Random parameters of the next scale that gives a sound output; whether there is one."""
+        for scale in self.scales:
+            randomise_(self.copy, self.draws, scale)
+            try:
+                self.output = self.run()
+            except RuntimeError:  # it makes single-precision numbers in a way that cannot be seen, and mixes the two
+                self.mode = nullcontext
+                self.output = self.run()
+            if self._is_sound():
+                nudge_(self.copy, self.draws, NUDGE)
+                return True
         if not self._is_sound():
             raise ValueError(
-                f"verify: {type(model).__name__} gives no finite, non-zero floating-point output on the example with "
-                f"random parameters; pass an example_input of the kind it is trained on"
+                f"verify: {type(self.model).__name__} gives no finite, non-zero floating-point output on the example "
+                f"with random parameters; pass an example_input of the kind it is trained on"
             )
+        return False
 
     def _is_sound(self) -> bool:
         return bool(self.output.numel()) and bool(self.output.isfinite().all()) and self.magnitude > 0
 
-    @torch.no_grad()
-    def _randomise(self, scale: float) -> bool:
-        """New random parameters; whether the output is finite and well-conditioned in them."""
+    def _settle(self) -> bool:
+        """Go on to smaller parameters until the output is well-conditioned in them; whether it was at once."""
         # Saturated attention and activations that grow from block to block magnify rounding errors (to 1e-9 and more)
         # or hide whole layers. So the parameters are moved in the thirteenth digit: the output must move little more.
-        randomise_(self.copy, self.draws, scale)
-        self.output = self.run()
-        if not self._is_sound():
-            return False
-        nudge_(self.copy, self.draws, NUDGE)
-        moved = self.run()
-        change, self.output = self._distance(moved), moved
-        return change <= MAGNIFIED * NUDGE
+        at_once = True
+        while not self.settled:
+            moved = self.run()
+            change, self.output = self._distance(moved), moved
+            self.settled = change <= MAGNIFIED * NUDGE or not self._begin()
+            at_once = at_once and change <= MAGNIFIED * NUDGE
+        return at_once
 
     def run(self, *, gradients: bool = False) -> Tensor:
         """The outputs, flattened into one vector."""
-        with undisturbed(self.seed), torch.set_grad_enabled(gradients):
+        with undisturbed(self.seed), torch.set_grad_enabled(gradients), self.mode():
             self.copy.train()  # clears tables that some models cache in eval mode
             self.copy.eval()
             outputs = tensors_in(run(self.copy, self.example))
             vectors = [o.reshape(-1).double().cpu() for o in outputs if o.is_floating_point()]
             return torch.cat(vectors) if vectors else torch.empty(0)
+
+    def as_given(self) -> tuple[nn.Module, Any]:
+        """A copy for a look that depends on shapes alone, and its example: the model's own numbers where they will do.
+
+        They are half as long, and computing with them takes half the time; not so in half precision on a CPU.
+        """
+        single = all(t.dtype == torch.float32 for t in (*self.model.parameters(), *tensors_in(self.given)))
+        if not single:
+            return self.copy, self.example
+        return private_copy(self.model, share_parameters=True), self.given
 
     def _cycle(self, n: int) -> Tensor:
         """A random cycle of all n: it leaves no unit in its place."""
@@ -133,8 +159,18 @@ class Prover:
         change = float((now - self.output).abs().max()) / self.magnitude if now.shape == self.output.shape else math.inf
         return math.inf if math.isnan(change) else change
 
-    def change_when(self, populations: Iterable[Neurons], *, only_incoming: bool = False) -> float:
-        """The change when ``populations`` (of this copy) are permuted, each by a random cycle of all its units."""
+    def change_when(
+        self, populations: Iterable[Neurons], *, only_incoming: bool = False, gradients: bool = False
+    ) -> float:
+        """The change when ``populations`` (of this copy) are permuted, each by a random cycle of all its units.
+
+        Args:
+            gradients: keep the output with its history in :attr:`graph`, if it is unchanged.
+        """
+        self.graph = None
+        if only_incoming:
+            self._settle()
+        populations = list(populations)
         moved = []
         for p in populations:
             part = Population(p.incoming, owner=self.copy, name=p.name) if only_incoming else p
@@ -142,13 +178,20 @@ class Prover:
             transport_(part, index, cause="verify", state=False)
             moved.append((part, index))
         try:
-            change = self._distance(self.run())
+            output = self.run(gradients=gradients)
+            change = self._distance(output.detach())
         except (RuntimeError, ValueError):  # an input-dependent branch taken elsewhere
-            change = math.inf
-        if change > UNCHANGED or only_incoming:  # else the copy is as good as it was
-            for part, index in reversed(moved):
-                transport_(part, index.argsort(), cause="verify", state=False)
-        return change
+            output, change = None, math.inf
+        # Parameters that were both nudged and permuted and gave so nearly the same output are proven well-conditioned
+        # too, and one forward has been saved.
+        if not self.settled and output is not None and change <= MAGNIFIED * NUDGE:
+            self.settled, self.output = True, output.detach()
+        if change <= UNCHANGED and self.settled and not only_incoming:  # the copy is as good as it was
+            self.graph = output if gradients else None
+            return change
+        for part, index in reversed(moved):
+            transport_(part, index.argsort(), cause="verify", state=False)
+        return change if self._settle() else self.change_when(populations, gradients=gradients)
 
     def prove(self, populations: Sequence[Neurons], *, literally: bool = True) -> list[Verdict]:
         """A verdict for each population: all in one joint forward, by halves only where that fails.
@@ -168,8 +211,10 @@ class Prover:
         for p in populations:
             if not p.incoming:
                 raise ValueError(f"{p.name}: no column has the role 'in', so there is no part of it to permute alone")
+        if literally:
+            self._settle()  # on its own: the changes that are reported hold nothing but the permutation
         self._draw_constants(twins)
-        changes = self._joint(twins)
+        changes = self._joint(twins, gradients=not literally)
         slopes = [0.0] * len(twins) if literally or not twins else self._slopes(twins)
         return [self._verdict(*given) for given in zip(populations, twins, changes, slopes, strict=True)]
 
@@ -187,15 +232,18 @@ class Prover:
         claimed = {id(c.tensor): c.tensor for t in twins for c in t.own + t.incoming + t.outgoing}
         statistics = {id(b) for n, b in self.copy.named_buffers() if n.endswith(("running_mean", "running_var"))}
         constants = [t for i, t in claimed.items() if i not in learned and i not in statistics]
-        for tensor in constants:
-            draw_(tensor, self.draws)
         if constants:
+            self._settle()
+            for tensor in constants:
+                draw_(tensor, self.draws)
             self.output = self.run()
 
-    def _joint(self, twins: Sequence[Neurons]) -> list[float]:
+    def _joint(self, twins: Sequence[Neurons], *, gradients: bool = False) -> list[float]:
         if not twins:
             return []
-        change = self.change_when(twins)
+        change = self.change_when(twins, gradients=gradients)
+        if gradients and change == math.inf:  # no gradient through this model, perhaps
+            change = self.change_when(twins)
         if change <= UNCHANGED or len(twins) == 1:
             return [change] * len(twins)
         half = len(twins) // 2
@@ -204,27 +252,38 @@ class Prover:
     @torch.no_grad()
     def _slopes(self, twins: Sequence[Neurons]) -> list[float]:
         """To first order, how a permutation of each one's outgoing columns changes a random mean of the outputs."""
-        outgoing = list({id(c.tensor): c.tensor for t in twins for c in t.outgoing}.values())
+        readers: dict[int, list[tuple[int, Slice, Tensor]]] = {}
+        for i, twin in enumerate(twins):
+            # A cycle of some of the units: all of a large tensor would cost more than a forward.
+            units = torch.randperm(twin.size, generator=self.generator)[:CYCLE]
+            for c in twin.outgoing:
+                readers.setdefault(id(c.tensor), []).append((i, c, units.to(c.tensor.device)))
+        tensors = {id(c.tensor): c.tensor for twin in twins for c in twin.outgoing}
+        slopes = [0.0] * len(twins)
+
+        def read(tensor: Tensor) -> None:
+            # At once, and the gradient is let go: all of a large model's would be as many numbers as it has.
+            gradient, tensor.grad = tensor.grad, None
+            assert gradient is not None
+            for i, c, units in readers[id(tensor)]:
+                view, pull = (c.by_particle(t).index_select(c.dim + 1, units) for t in (tensor, gradient))
+                slopes[i] += float(((view.roll(1, c.dim + 1) - view) * pull).sum())
+
+        output, self.graph = self.graph, None
+        learned = [t for t in tensors.values() if t.requires_grad]
+        hooks = [cast(Any, t).register_post_accumulate_grad_hook(read) for t in learned]
         try:
-            output = self.run(gradients=True)
+            if output is None:
+                output = self.run(gradients=True)
             weights = torch.randn(output.shape, generator=self.generator, dtype=output.dtype)
             with torch.enable_grad():
-                gradients = torch.autograd.grad(output @ (weights / weights.norm()), outgoing, allow_unused=True)
+                torch.autograd.backward(output @ (weights / weights.norm()), inputs=learned)
         except RuntimeError:  # no gradient through this model's eval mode: each is tested literally
             return [0.0] * len(twins)
-        by_tensor = {id(t): g for t, g in zip(outgoing, gradients, strict=True)}
-        slopes = []
-        for twin in twins:
-            # A cycle of some of the units: all of a large tensor would cost more than a forward.
-            units, slope = torch.randperm(twin.size, generator=self.generator)[:CYCLE], 0.0
-            for c in twin.outgoing:
-                gradient = by_tensor[id(c.tensor)]
-                if gradient is not None:
-                    here = units.to(gradient.device)
-                    view, pull = (c.by_particle(t).index_select(c.dim + 1, here) for t in (c.tensor, gradient))
-                    slope += float(((view.roll(1, c.dim + 1) - view) * pull).sum())
-            slopes.append(abs(slope) / self.magnitude)
-        return slopes
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [abs(s) / self.magnitude for s in slopes]
 
     def _verdict(self, population: Neurons, twin: Neurons, change: float, slope: float) -> Verdict:
         if not change <= UNCHANGED:
@@ -279,6 +338,19 @@ def verify(
             )
     prover = Prover(model, example_input, seed=seed)
     return prover.prove([p if p.owner is not None else Neurons(p.columns, p.roles, model, p.name) for p in populations])
+
+
+def _double_copy(model: nn.Module) -> nn.Module:
+    """A private copy in double precision; its parameters have no values yet."""
+    if not isinstance(model, nn.Module):
+        return private_copy(model)  # which says what is wrong
+    # They are drawn anew, so for a large model copying and converting them would be most of the work.
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, dtype=torch.float64))
+        for p in model.parameters()
+        if p.is_floating_point() and type(p) is nn.Parameter
+    }
+    return private_copy(model, parameters=empty).double()
 
 
 def _double(value: Any) -> Any:

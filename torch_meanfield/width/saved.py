@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch_meanfield.width.laws import Law
 
 KEY = "birth_death"
 VERSION = 2
+_KEYS = {"version", "clock", "generator", "batch", "populations"}
 
 
 def pack(dynamics: Dynamics | None, clock: int, generator: torch.Generator) -> dict[str, Any]:
@@ -43,16 +45,90 @@ def pack(dynamics: Dynamics | None, clock: int, generator: torch.Generator) -> d
 
 
 def check_version(saved: Any) -> None:
-    """Raise ``ValueError`` for something that :func:`pack` of this version did not make."""
-    if not isinstance(saved, dict) or not {"version", "clock", "generator", "populations"} <= saved.keys():
+    """Raise ``ValueError`` for something that :func:`pack` of this version did not make; the entry is named."""
+    version = saved.get("version", VERSION) if isinstance(saved, dict) else VERSION
+    if not (isinstance(version, int) and version == VERSION):
         raise ValueError(
-            f"state_dict[{KEY!r}] is not what BirthDeathOptimizer.state_dict() makes; was the file changed?"
+            f"state_dict[{KEY!r}] has version {version!r}, this library reads {VERSION}; load the wrapped optimizer "
+            f"alone by removing the key {KEY!r}"
         )
-    if saved["version"] != VERSION:
+    if not isinstance(saved, dict) or not _KEYS <= saved.keys():
         raise ValueError(
-            f"state_dict[{KEY!r}] has version {saved['version']!r}, this library reads {VERSION}; load the wrapped "
-            f"optimizer alone by removing the key {KEY!r}"
+            f"state_dict[{KEY!r}] is not what BirthDeathOptimizer.state_dict() makes, a dict with the keys "
+            f"{', '.join(sorted(_KEYS))}; was the file changed?"
         )
+    where = f"state_dict[{KEY!r}]"
+    _expect(_is_count(saved["clock"]), f"{where}['clock']", saved["clock"], "a number of steps")
+    state = saved["generator"]
+    fits = isinstance(state, torch.Tensor) and state.dtype == torch.uint8 and not state.is_meta
+    fits = fits and state.shape == torch.Generator().get_state().shape
+    _expect(fits, f"{where}['generator']", state, "the state of a generator on the CPU")
+    try:
+        torch.Generator().set_state(state.cpu())
+    except RuntimeError as error:
+        raise ValueError(f"{where}['generator'] is no state of a generator ({error}); the file is damaged") from error
+    populations, batch = saved["populations"], saved["batch"]
+    fits = isinstance(batch, list) and len(batch) == 3 and all(map(_is_count, batch))
+    _expect(batch is None if populations is None else fits, f"{where}['batch']", batch, "three counts")
+    _expect(populations is None or isinstance(populations, list), f"{where}['populations']", populations, "a list")
+    for i, entry in enumerate(populations or ()):
+        _check_entry(entry, f"{where}['populations'][{i}]")
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    keys = {"name", "size", "averages", "elapsed", "laws", "recorded"}
+    fits = isinstance(entry, dict) and keys <= entry.keys()
+    _expect(fits, where, entry, f"a dict with the keys {', '.join(sorted(keys))}")
+    _expect(isinstance(entry["name"], str), f"{where}['name']", entry["name"], "a name")
+    _expect(_is_count(entry["size"]), f"{where}['size']", entry["size"], "a number of units")
+    averages = entry["averages"]
+    fits = _is_finite(averages) and tuple(averages.shape) == (4, entry["size"])
+    _expect(fits, f"{where}['averages']", averages, f"finite numbers of shape (4, {entry['size']})")
+    elapsed = entry["elapsed"]
+    fits = _is_number(elapsed) or (_is_finite(elapsed) and elapsed.numel() == 1)
+    _expect(fits, f"{where}['elapsed']", elapsed, "a finite number")
+    laws = entry["laws"]
+    fits = isinstance(laws, dict) and all(_is_count(k) and _is_law(law) for k, law in laws.items())
+    _expect(fits, f"{where}['laws']", laws, "a mean, a spread and a bool for each column")
+    recorded = entry["recorded"]
+    fits = recorded is None or (isinstance(recorded, dict) and {"inputs", "gradients"} <= recorded.keys())
+    _expect(fits, f"{where}['recorded']", recorded, "what a recorder saved, or None")
+    for name in ("inputs", "gradients") if recorded is not None else ():
+        fits = isinstance(recorded[name], list) and all(_is_floating(t) for t in recorded[name])
+        _expect(fits, f"{where}['recorded'][{name!r}]", recorded[name], "a list of tensors")
+    for name in ("before", "after") if recorded is not None else ():
+        fits = recorded.get(name) is None or _is_floating(recorded[name])
+        _expect(name in recorded and fits, f"{where}['recorded'][{name!r}]", recorded.get(name), "a tensor, or None")
+
+
+def _expect(fits: bool, where: str, value: Any, what: str) -> None:
+    if not fits:
+        short = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
+        raise ValueError(
+            f"{where} must be {what}, got {short}; the file is damaged or of another model. To load the wrapped "
+            f"optimizer alone, remove the key {KEY!r}"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_floating(value: Any) -> bool:
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+    return plain and bool(value.is_floating_point())
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_floating(value) and bool(value.isfinite().all())
+
+
+def _is_law(law: Any) -> bool:
+    return isinstance(law, list) and len(law) == 3 and all(map(_is_number, law)) and law[1] >= 0
 
 
 def check(saved: dict[str, Any], dynamics: Dynamics) -> None:
@@ -68,13 +144,27 @@ def check(saved: dict[str, Any], dynamics: Dynamics) -> None:
             f"the first to differ is {differ[0]} against {differ[1]} (name, units). To load the wrapped optimizer "
             f"alone, remove the key {KEY!r}"
         )
+    for i, entry in enumerate(saved["populations"]):
+        where = f"state_dict[{KEY!r}]['populations'][{i}]"
+        _expect(entry["laws"].keys() == dynamics.laws[i].keys(), f"{where}['laws']", entry["laws"], "of these columns")
+        recorder = dynamics.recorders.get(i)
+        if recorder is None or entry["recorded"] is None:
+            continue
+        read, made = recorder.site.first.weight.shape[1], recorder.site.last.weight.shape[0]
+        for name, width in (("inputs", read), ("gradients", made)):
+            tensors = entry["recorded"][name]
+            fits = len(tensors) == len(entry["recorded"]["inputs"])
+            fits = fits and all(t.ndim > 1 and t.shape[1] == width for t in tensors)
+            _expect(fits, f"{where}['recorded'][{name!r}]", tensors, f"of width {width}, as many as there are inputs")
 
 
 def unpack_(saved: dict[str, Any], dynamics: Dynamics) -> None:
     """Load the populations' part, after :func:`check`. Values keep the dtype they were saved in."""
-    if saved.get("batch") is not None:
-        dynamics.batch.load(saved["batch"])
-    for i, entry in enumerate(saved["populations"] or []):
+    if saved["populations"] is None:  # saved before they were known
+        dynamics.begin_anew()
+        return
+    dynamics.batch.load(saved["batch"])
+    for i, entry in enumerate(saved["populations"]):
         averages, j = dynamics.where[i]
         averages.of(j).copy_(entry["averages"])
         dynamics.elapsed[i] = entry["elapsed"]

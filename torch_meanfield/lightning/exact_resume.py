@@ -1,0 +1,275 @@
+"""A callback after which a resumed training is the training that was interrupted, to the bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from torch_meanfield.lightning import ends, generators, means
+from torch_meanfield.lightning.replay import Replay
+
+VERSION = 1
+
+
+class ExactResume(Callback):
+    """Save what Lightning leaves out of a checkpoint, so that a resumed run equals the uninterrupted one bit for bit.
+
+    A Lightning checkpoint holds no generator, and no place in the epoch: a resumed run draws its dropout and its mixup
+    anew, repeats the order of the first epoch, and from a checkpoint within an epoch shows some images twice and others
+    never. With this callback the checkpoint holds, for each rank,
+
+    - the states of Python's, NumPy's and torch's global generators, on the CPU and on all CUDA devices, and of
+      every ``torch.Generator`` that the training loaders, their samplers and data sets have as an attribute;
+    - how many batches of the epoch were used, and the generators as they were before its first. The epoch is begun
+      again from there; its used batches are loaded once more and thrown away, since only that brings DataLoader
+      workers back to where they were (for the same reason persistent workers are started anew in each epoch);
+    - the sums behind the means that ``self.log(..., on_epoch=True)`` keeps of the epoch (of tensors; torchmetrics
+      objects are modules with a ``persistent`` state of their own).
+
+    Loaders with ``state_dict`` and ``load_state_dict`` are resumed by themselves, as Lightning does it. The scaler of
+    mixed precision, optimizers, schedulers and loops are in Lightning's checkpoint already.
+
+    Validation within `fit` is given generators of its own: how often it happens does not change the training, and a
+    checkpoint written before, in or after it is the same.
+
+    Tensors and plain types only: ``torch.load(weights_only=True)`` reads the checkpoint.
+
+    Warns:
+        UserWarning: a submodule was replaced by ``torch.compile(submodule)``, so that its names in the checkpoint
+            begin with ``_orig_mod.`` and the uncompiled model cannot load it; the checkpoint was written without this
+            callback; or it is written between two optimizer steps, in one or while gradients are accumulated.
+
+    Raises:
+        ValueError: on resuming with another number of processes or on another kind of device than the checkpoint's;
+            with loaders that draw from other generators; from between two optimizer steps; within an epoch of loaders
+            of which only some have a ``state_dict``. The way out is named, and the checkpoint can be resumed without
+            this callback.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[ExactResume()])  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        self._trainer: Trainer | None = None
+        self._replay: Replay | None = None
+        self._loaded: dict[str, Any] | None = None  # this rank's part of the checkpoint, until it is carried out
+        self._states: dict[str, Any] | None = None  # generators that are still to be set
+        self._logged: list[dict[str, Any]] = []  # sums of an interrupted epoch, until they are put back
+        self._outside: dict[str, Any] | None = None  # generators of the training, while validation has its own
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every rank has to remember; all ranks must call it. Empty outside of `fit`."""
+        if self._trainer is None or self._replay is None:
+            return {}
+        trainer = self._trainer
+        fetcher, place = trainer.fit_loop._data_fetcher, ends.place(trainer)
+        within = _within_a_step(trainer)
+        if within:
+            warnings.warn(
+                f"ExactResume: this checkpoint is written {within}, and cannot be resumed exactly; write checkpoints "
+                f"after optimizer steps (every_n_train_steps, or at the end of an epoch)",
+                stacklevel=2,
+            )
+        ours = {
+            "device": trainer.strategy.root_device.type,
+            "generators": self._outside or self._states or self._generators(),
+            "place": place,
+            "epoch": self._replay.state(len(getattr(fetcher, "batches", ()))) if place == ends.WITHIN else None,
+            "logged": [] if place == ends.BETWEEN else means.sums(trainer),
+            "within": within,
+        }
+        return {"version": VERSION, "world_size": trainer.world_size, "ranks": _from_all_ranks(ours, trainer)}
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take this rank's part, or say why it cannot be resumed from."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if not state:
+            warnings.warn(
+                "ExactResume: the checkpoint was written without this callback and holds no generators: the resumed "
+                "run goes on, but not as the interrupted one would have",
+                stacklevel=2,
+            )
+            return
+        way_out = "or resume without ExactResume, under other random numbers"
+        if state["version"] != VERSION:
+            raise ValueError(
+                f"ExactResume: the checkpoint has version {state['version']!r} of its state, this library reads "
+                f"{VERSION}; resume with the torch-meanfield it was written by, {way_out}"
+            )
+        if state["world_size"] != trainer.world_size:
+            raise ValueError(
+                f"ExactResume: the checkpoint was written by {state['world_size']} processes, this training has "
+                f"{trainer.world_size}; resume with {state['world_size']}, {way_out}"
+            )
+        ours, device = state["ranks"][trainer.global_rank], trainer.strategy.root_device.type
+        if ours["device"] != device:
+            raise ValueError(
+                f"ExactResume: the checkpoint was written on {ours['device']}, this training is on {device}; resume on "
+                f"{ours['device']}, {way_out}"
+            )
+        if ours["within"]:
+            raise ValueError(
+                f"ExactResume: the checkpoint was written {ours['within']}; resume from one that was written after an "
+                f"optimizer step, {way_out}"
+            )
+        if ours["place"] == ends.LAST:
+            ends.finish(checkpoint["loops"]["fit_loop"])
+        self._loaded = ours
+
+    # -- in the loop ---------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Become the first callback: what others draw in their hooks comes after the generators are set."""
+        if stage != "fit":
+            return
+        self._trainer, self._replay, self._loaded, self._states, self._logged = trainer, None, None, None, []
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        compiled = sorted({n.split("_orig_mod.")[0][:-1] for n in pl_module.state_dict() if "_orig_mod." in n})
+        if compiled:
+            warnings.warn(
+                f"ExactResume: {', '.join(compiled)} was made by torch.compile(module), so checkpoints name its "
+                f"tensors '{compiled[0]}._orig_mod....' and only a compiled model loads them; call "
+                f"{compiled[0]}.compile() instead, which compiles in place and leaves the names as they are",
+                stacklevel=2,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the loaders, and let an interrupted epoch go on where it was."""
+        self._watch(trainer)
+        self._isolate_validation(trainer)
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            self._states = loaded["generators"]
+            self._logged = loaded["logged"]
+            if loaded["place"] == ends.LAST:
+                ends.validate_if_due(trainer)
+            if loaded["epoch"] is not None:
+                self._go_on(trainer, loaded["epoch"])
+            if loaded["place"] != ends.WITHIN:
+                self._give_back(trainer)
+        iter(cast(Any, trainer.fit_loop._data_fetcher))
+
+    def _watch(self, trainer: Trainer) -> bool:
+        """Stand between the fetcher and its loaders; whether these are new ones."""
+        fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
+        assert fetcher is not None and loader is not None
+        if self._replay is not None and self._replay.loader is loader:
+            return False
+        self._replay = Replay(loader, self._set_generators)
+        fetcher.setup(self._replay)  # type: ignore[arg-type]
+        return True
+
+    def _go_on(self, trainer: Trainer, epoch: dict[str, Any]) -> None:
+        assert self._replay is not None
+        if not any(self._replay.stateful):
+            # Lightning warns of loaders that it cannot resume; these are.
+            warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+            self._replay.go_on(epoch)
+        elif all(self._replay.stateful):
+            # Lightning loads their states when it makes them, and never if an optimizer wanted to know their length
+            # before the checkpoint was read.
+            late = bool(trainer.fit_loop._combined_loader_states_to_load)
+            trainer.fit_loop._load_combined_loader_states()
+            self._replay.go_on(epoch, iterators_exist=not late)
+        else:
+            raise ValueError(
+                "ExactResume: the checkpoint was written within an epoch, and only some of the training loaders have "
+                "a state_dict; give it to all or to none, or resume from a checkpoint of the end of an epoch"
+            )
+
+    def _isolate_validation(self, trainer: Trainer) -> None:
+        """Give the generators back after each validation as they were before it (its loaders draw before any hook)."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        plain: Callable[[], Any] = type(loop).run.__get__(loop)
+
+        def run() -> Any:
+            self._outside = self._states or self._generators()
+            try:
+                return plain()
+            finally:
+                self._restore_(self._outside)
+                self._outside = None
+
+        loop.run = run  # type: ignore[method-assign]
+
+    def _generators(self) -> dict[str, Any]:
+        return {"process": generators.collect(), "own": {} if self._replay is None else self._replay.states()}
+
+    def _restore_(self, states: dict[str, Any]) -> None:
+        if self._replay is not None:
+            self._replay.restore_(states["own"])
+        generators.restore_(states["process"])
+
+    def _set_generators(self) -> None:
+        """At each of the moments at which the interrupted run would have used them first."""
+        if self._states is not None:
+            self._restore_(self._states)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the generators, if the checkpoint was written at the end of an epoch."""
+        if self._states is not None:
+            ends.iterate_anew(trainer)
+        if self._watch(trainer):
+            iter(cast(Any, trainer.fit_loop._data_fetcher))
+        self._set_generators()
+        self._states = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The first batch is there, and may have drawn when it was moved to the device: the generators are at work."""
+        self._states = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put back what the epoch had logged."""
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: Trainer) -> None:
+        logged, self._logged = self._logged, []
+        means.give_back(trainer, logged)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the generators, if the checkpoint was written just before the epoch's last hooks."""
+        if self._states is not None:
+            ends.begin_anew(trainer)
+        self._set_generators()
+        self._states = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave validation as it was."""
+        vars(trainer.fit_loop.epoch_loop.val_loop).pop("run", None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave validation as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+
+def _within_a_step(trainer: Trainer) -> str:
+    """Where between two optimizer steps the training is, in words; empty if it is after one."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    if progress.current.ready != progress.current.processed:
+        return "in the middle of a training step"
+    if not progress.is_last_batch and progress.current.ready % trainer.accumulate_grad_batches:
+        return "between two batches whose gradients are accumulated"
+    return ""
+
+
+def _from_all_ranks(ours: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
+    if trainer.world_size == 1 or not dist.is_initialized():
+        return [ours]
+    out: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(out, ours)
+    return out
