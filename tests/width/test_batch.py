@@ -44,6 +44,25 @@ def test_accumulated_gradients_count_together() -> None:
     assert optimizer._dynamics.batch.size() == 24.0
 
 
+@pytest.mark.parametrize("zeroed", ["before the forward pass", "between forward and backward pass"])
+@pytest.mark.parametrize("skipped", [(), (2, 5, 6)])
+def test_steps_that_were_taken_count_wherever_gradients_are_zeroed(zeroed: str, skipped: tuple[int, ...]) -> None:
+    """Lightning, and many a loop, zeroes the last step's gradients when the next forward pass has been made."""
+    model = Net()
+    inner = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = BirthDeathOptimizer(inner, model, populations=model.slices(), every=20)
+    for step in range(19):
+        if zeroed.startswith("before"):
+            optimizer.zero_grad()
+        loss = model(torch.rand(8 if step not in skipped else 100, 6)).square().mean()
+        if zeroed.startswith("between"):
+            optimizer.zero_grad()
+        loss.backward()
+        if step not in skipped:
+            optimizer.step()
+    assert optimizer._dynamics.batch.size() == 8.0
+
+
 def test_unknown_without_a_model_and_said_once() -> None:
     model = Net()
     optimizer = BirthDeathOptimizer(

@@ -25,14 +25,15 @@ class BatchCounter:
     def __init__(self, module: nn.Module | None, given: int | None) -> None:
         self.module, self.given = module, given
         self.wanted = False
-        self.samples = self.steps = 0
+        self.steps = 0
         self._taken = 0  # samples of steps that were taken
-        self._backward = False  # whether gradients of the samples since then exist, or did
+        self._behind = 0  # those whose gradients have been there since the last such step
+        self._ahead = 0  # those that wait for theirs; loops differ in whether gradients are zeroed meanwhile
         self._handle: RemovableHandle | None = None
 
     def start(self) -> None:
         """Begin anew."""
-        self.samples = self.steps = self._taken = 0
+        self.steps = self._taken = self._behind = self._ahead = 0
         self.wanted = self.given is None and self.module is not None
         self.resume()
 
@@ -46,11 +47,12 @@ class BatchCounter:
     def step(self) -> None:
         """One optimizer step is taken."""
         self.steps += int(self.wanted)
-        self._taken, self._backward = self.samples, False
+        self._taken += self._behind + self._ahead
+        self._behind = self._ahead = 0
 
     def forget(self) -> None:
-        """It is not: drop the samples since the last one that was."""
-        self.samples, self._backward = self._taken, False
+        """It is not: drop the samples whose gradients are thrown away."""
+        self._behind = 0
 
     def stop(self) -> None:
         """Leave no trace in the model."""
@@ -63,7 +65,7 @@ class BatchCounter:
         """Samples in a step, over all data-parallel ranks; ``None`` if it is not known."""
         if self.given is not None:
             return float(self.given)
-        mine = self.samples / self.steps if self.steps and self.samples else None
+        mine = self._taken / self.steps if self.steps and self._taken else None
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return mine
         sizes: list[float | None] = [None] * torch.distributed.get_world_size()
@@ -77,20 +79,22 @@ class BatchCounter:
     def load(self, state: Sequence[int]) -> None:
         """Go on from :meth:`state`."""
         self.stop()
-        self.samples = self._taken = int(state[0])
-        self.steps = int(state[1])
+        self._taken, self.steps = int(state[0]), int(state[1])
+        self._behind = self._ahead = 0
         self.wanted = bool(state[2]) and self.given is None and self.module is not None
         self.resume()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and output.ndim > 1:
-            if self._backward and all(p.grad is None for p in module.parameters()):
+            if all(p.grad is None for p in module.parameters()):
                 self.forget()  # the gradients were thrown away: a step that was skipped
-            self.samples += len(output)
+            self._ahead += len(output)
             cast(Any, output).register_hook(self._arrive)
 
     def _arrive(self, gradient: Tensor) -> None:
-        self._backward = True
+        arrived = min(len(gradient), self._ahead)  # a second backward pass through one graph counts no sample twice
+        self._ahead -= arrived
+        self._behind += arrived
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}

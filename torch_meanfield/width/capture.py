@@ -118,6 +118,7 @@ class Recorder:
         self._pending: list[tuple[Tensor, int]] = []
         self._rows = 0
         self._taken = 0  # how many of the recorded passes belong to steps that were taken
+        self._known = False  # whether `before` and `after` do
 
     def start(self) -> None:
         """Begin anew."""
@@ -143,7 +144,7 @@ class Recorder:
 
     def take(self) -> None:
         """The step is taken whose gradients were recorded last."""
-        self._taken = len(self.gradients)
+        self._taken, self._known = len(self.gradients), self.after is not None
 
     def forget(self) -> None:
         """It is not: drop what was recorded since the last one that was."""
@@ -151,7 +152,7 @@ class Recorder:
             return
         del self.inputs[self._taken :], self.gradients[self._taken :]
         self._rows = sum(self._count(g) for g in self.gradients)
-        if not self._taken:
+        if not self._known:
             self.before = self.after = None
 
     def state(self) -> dict[str, Any]:
@@ -168,7 +169,8 @@ class Recorder:
         self.start()
         self.inputs, self.gradients = list(state["inputs"]), list(state["gradients"])
         self.before, self.after = state["before"], state["after"]
-        self._rows, self._taken = sum(self._count(g) for g in self.gradients), len(self.gradients)
+        self._rows = sum(self._count(g) for g in self.gradients)
+        self.take()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": [], "_pending": [], "activation": None}
