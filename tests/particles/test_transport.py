@@ -5,7 +5,7 @@ import torch
 
 from tests.particles.networks import network, neurons
 from torch_meanfield import Population, Slice, Stack, transport_
-from torch_meanfield.particles.copying import move_slice_
+from torch_meanfield.particles.copying import move_slice_, pieces
 
 
 @pytest.mark.parametrize("index", [[4, 3, 2, 1, 0], [0, 0, 0, 3, 3], [1, 2, 3, 4, 0], [2, 2, 2, 2, 2]])
@@ -104,3 +104,19 @@ def test_moving_only_the_places_that_change_is_moving_all(index):
     move_slice_(Slice(whole, 1, outer=2, inner=3), index)  # as with an index that stays on its device
     move_slice_(Slice(part, 1, outer=2, inner=3), index, places)
     assert torch.equal(whole, part)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("permuted", [True, False])
+def test_big_tensors_move_piece_by_piece_as_they_would_at_once(dim, permuted):
+    tensor = torch.randn(64, 96, 3, 32, dtype=torch.float64).transpose(2, 3)  # 4.5 MiB, not contiguous
+    n = tensor.shape[dim]
+    assert len(pieces(Slice(tensor, dim).by_particle(tensor), dim + 1)) > 1
+    index = torch.randperm(n) if permuted else torch.randint(n, (n,))
+    expected = tensor.index_select(dim, index)
+    places = (index != torch.arange(n)).nonzero().flatten()
+    other = tensor.clone(memory_format=torch.preserve_format)
+    move_slice_(Slice(tensor, dim), index)
+    move_slice_(Slice(other, dim), index, places)
+    assert torch.equal(tensor, expected)
+    assert torch.equal(other, expected)
