@@ -25,18 +25,18 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
 
     rows = list(dict.fromkeys((o.setting.horizon_told, o.setting.start) for o in outcomes))
     columns = sorted({o.setting.scale for o in outcomes})
-    error, resorts = numpy.zeros((len(rows), len(columns))), numpy.zeros((len(rows), len(columns)))
+    error, resorts = numpy.full((2, len(rows), len(columns)), numpy.nan)  # blank where nothing has been run
     for o in outcomes:
         at = rows.index((o.setting.horizon_told, o.setting.start)), columns.index(o.setting.scale)
         error[at], resorts[at] = o.difference, statistics.mean(o.resorts)
     figure = Figure(figsize=(11, 1.6 + 0.5 * len(rows)), layout="constrained")
     maps = (
         ("test error minus the vanilla twin's, points", error, "RdBu_r", CenteredNorm(), "{:+.2f}"),
-        ("re-sorts in a run", resorts, "Purples", SymLogNorm(1, vmin=0, vmax=max(1, resorts.max())), "{:.0f}"),
+        ("re-sorts in a run", resorts, "Purples", SymLogNorm(1, vmin=0, vmax=max(1, numpy.nanmax(resorts))), "{:.0f}"),
     )
     for axis, (name, values, colours, norm, form) in zip(figure.subplots(1, 2), maps, strict=True):
         image = axis.imshow(values, cmap=colours, norm=norm, aspect="auto")
-        for y, x in numpy.ndindex(values.shape):
+        for y, x in numpy.argwhere(numpy.isfinite(values)):
             red, green, blue, _ = image.cmap(image.norm(values[y, x]))
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             axis.text(x, y, form.format(values[y, x]), ha="center", va="center", color="white" if dark else "black")

@@ -6,7 +6,8 @@
 
 L20 says neither. Every setting starts from the weights of the vanilla twin of its seed and sees the same batches; the
 protocol is the published one, shortened. The seeds are done one after the other, so that an interrupted study has whole
-seeds; the same command goes on from there. ``--out`` holds tau_study.md, tau_study.png, tau_study.json and the runs.
+seeds; the same command goes on from there. ``--out`` holds tau_study.md, tau_study.png and tau_study.json, renewed
+after each run that ends, and the runs.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Outcome:
     """What one setting gave over its seeds.
 
     Attributes:
-        errors: test errors after the last epoch, percent, by seed.
+        errors: by seed, the test error after the last epoch, percent.
         difference: mean of error minus the vanilla twin's, points.
         half_width: half its 95 % interval; infinite for one seed.
         resorts: by seed.
@@ -80,7 +81,7 @@ class Outcome:
     """
 
     setting: Setting
-    errors: list[float]
+    errors: dict[int, float]
     difference: float
     half_width: float
     resorts: list[int]
@@ -111,11 +112,14 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     return out
 
 
-def outcome(setting: Setting, records: dict[str, dict[str, Any]], seeds: int) -> Outcome:
-    """What the runs of ``setting`` say."""
-    runs = [records[f"{setting.name}-{seed}"] for seed in range(seeds)]
-    errors, twins = [last_error(r) for r in runs], [last_error(records[f"{VANILLA}-{s}"]) for s in range(seeds)]
-    difference, half_width = paired(errors, twins)
+def outcome(setting: Setting, records: dict[str, dict[str, Any]], seeds: int) -> Outcome | None:
+    """What the runs of ``setting`` say that are done, as those of their twins are; ``None`` if there is none yet."""
+    done = [s for s in range(seeds) if {f"{setting.name}-{s}", f"{VANILLA}-{s}"} <= records.keys()]
+    if not done:
+        return None
+    runs = [records[f"{setting.name}-{seed}"] for seed in done]
+    errors = {seed: last_error(run) for seed, run in zip(done, runs, strict=True)}
+    difference, half_width = paired(list(errors.values()), [last_error(records[f"{VANILLA}-{s}"]) for s in done])
     layers = [steps for run in runs for steps in run["steps"].values()]
     flat = [step for steps in layers for step in steps]
     spread = statistics.mean(statistics.pstdev(s) / max(statistics.mean(s), 1e-12) for s in layers)
@@ -133,8 +137,8 @@ def rendered(
     outcomes: list[Outcome], records: dict[str, dict[str, Any]], args: argparse.Namespace, command: str
 ) -> str:
     """The study on one page of Markdown."""
-    twins = [last_error(records[f"{VANILLA}-{seed}"]) for seed in range(args.seeds)]
-    one = records[f"{VANILLA}-0"]
+    twins = [last_error(records[name]) for s in range(args.seeds) if (name := f"{VANILLA}-{s}") in records]
+    one, due = records[f"{VANILLA}-0"], args.seeds * (1 + len(settings(args.depth)))
     blocks = (args.depth - 2) // 6
     size = f", {args.size}x{args.size} pixels" if args.size else ""
     lines = [
@@ -149,7 +153,7 @@ def rendered(
     for o in outcomes:
         s = o.setting
         lines.append(
-            f"| {s.horizon_told} | {s.start} | x{s.scale:g} | {statistics.mean(o.errors):.2f} "
+            f"| {s.horizon_told} | {s.start} | x{s.scale:g} | {statistics.mean(o.errors.values()):.2f} "
             f"| {told(o.difference, o.half_width)} | {', '.join(map(str, o.resorts))} "
             f"| {o.steps[0]:.2f} to {o.steps[1]:.2f} | {100 * o.spread:.0f} % |"
         )
@@ -160,7 +164,7 @@ def rendered(
             "",
             *findings(outcomes),
             "",
-            f"Made by `{command}`: {len(records)} runs, {hours:.1f} hours of training, precision "
+            f"Made by `{command}`: {len(records)} of {due} runs, {hours:.1f} hours of training, precision "
             f"{one['trainer']['precision'] or 32}, on {one['device']}, {one['threads']} thread; torch "
             f"{one['versions']['torch']}, commit {', '.join(sorted({str(r['commit']) for r in records.values()}))}.",
             "",
@@ -171,12 +175,13 @@ def rendered(
 def findings(outcomes: list[Outcome]) -> list[str]:
     """What the table says, from its own figures."""
     best = min(outcomes, key=lambda o: o.difference)
-    better = [o for o in outcomes if o.difference + o.half_width < 0]
-    worse = [o for o in outcomes if o.difference - o.half_width > 0]
+    sure = [o for o in outcomes if math.isfinite(o.half_width)]
+    better = [o for o in sure if o.difference + o.half_width < 0]
+    worse = [o for o in sure if o.difference - o.half_width > 0]
     active = [o for o in outcomes if any(o.resorts)]
     said = [
-        f"- {len(better)} of {len(outcomes)} settings are better than the vanilla twin beyond their interval, "
-        f"{len(worse)} worse. Of so many, about {0.025 * len(outcomes):.1f} of each are expected by chance alone.",
+        f"- {len(better)} of {len(sure)} settings with several seeds are better than the vanilla twin beyond their "
+        f"interval, {len(worse)} worse; about {0.025 * len(sure):.1f} of each are expected by chance alone.",
         f"- Lowest mean: {_words(best)}, {told(best.difference, best.half_width)} points.",
         f"- Blocks change places in {len(active)} settings.",
     ]
@@ -186,18 +191,21 @@ def findings(outcomes: list[Outcome]) -> list[str]:
             if value == usual:
                 continue
             ours, theirs = matched(outcomes, axis, value, usual)
-            against.append(f"{_level(axis, value)} {told(*paired(ours, theirs))}")
-        pairs = len(outcomes[0].errors) * sum(getattr(o.setting, axis) == usual for o in outcomes)
-        first = f"{title.capitalize()} against {_level(axis, usual)}, all else equal ({pairs} pairs)"
-        said.append(f"- {first}: {', '.join(against)}.")
+            if ours:
+                against.append(f"{_level(axis, value)} {told(*paired(ours, theirs))} ({len(ours)} pairs)")
+        said.append(f"- {title.capitalize()} against {_level(axis, usual)}, all else equal: {', '.join(against)}.")
     return said
 
 
 def matched(outcomes: list[Outcome], axis: str, value: Any, usual: Any) -> tuple[list[float], list[float]]:
     """Errors of the settings with ``value`` on one axis, and of those that differ from them by ``usual`` there."""
-    of = {o.setting: o.errors for o in outcomes}
-    pairs = [(of[s], of[replace(s, **{axis: usual})]) for s in of if getattr(s, axis) == value]
-    return [e for ours, _ in pairs for e in ours], [e for _, theirs in pairs for e in theirs]
+    of = {(o.setting, seed): error for o in outcomes for seed, error in o.errors.items()}
+    pairs = [
+        (error, of[other, seed])
+        for (setting, seed), error in of.items()
+        if getattr(setting, axis) == value and (other := replace(setting, **{axis: usual}), seed) in of
+    ]
+    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
 
 
 def _level(axis: str, value: Any) -> str:
@@ -237,12 +245,27 @@ def asked(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def write(args: argparse.Namespace, records: dict[str, dict[str, Any]], command: str) -> None:
+    """tau_study.json, tau_study.md and tau_study.png in ``--out``, of the runs that are done."""
+    found = [outcome(setting, records, args.seeds) for setting in settings(args.depth)]
+    outcomes = [o for o in found if o is not None]
+    if not outcomes:
+        return
+    plain = [{**asdict(o), "half_width": o.half_width if math.isfinite(o.half_width) else None} for o in outcomes]
+    write_json(args.out / "tau_study.json", {"command": command, "outcomes": plain, "runs": list(records.values())})
+    (args.out / "tau_study.md").write_text(rendered(outcomes, records, args, command))
+    seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
+    title = f"ResNet-{args.depth} on {args.label or args.data}, {args.epochs} epochs, {seeds}"
+    draw(args.out / "tau_study.png", outcomes, title)
+
+
 def main() -> None:
     command = "python recipes/tau_study.py " + shlex.join(sys.argv[1:])
     try:
         args = asked(sys.argv[1:])
         open_source(args.data, args.root, args.size)  # a wrong --data is told before a process is started
-        records = carry_out(jobs(args), args.out / "runs", args.jobs or at_once_by_default())
+        at_once = args.jobs or at_once_by_default()
+        records = carry_out(jobs(args), args.out / "runs", at_once, finished=lambda done: write(args, done, command))
     except BadInput as error:
         leave("tau_study.py", error)
     except Failed as error:
@@ -251,14 +274,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("tau_study.py: interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
-    outcomes = [outcome(setting, records, args.seeds) for setting in settings(args.depth)]
-    text = rendered(outcomes, records, args, command)
-    plain = [{**asdict(o), "half_width": o.half_width if math.isfinite(o.half_width) else None} for o in outcomes]
-    write_json(args.out / "tau_study.json", {"command": command, "outcomes": plain, "runs": list(records.values())})
-    (args.out / "tau_study.md").write_text(text)
-    title = f"ResNet-{args.depth} on {args.label or args.data}, {args.epochs} epochs, {args.seeds} seeds"
-    draw(args.out / "tau_study.png", outcomes, title)
-    print(text)
+    write(args, records, command)
+    print((args.out / "tau_study.md").read_text())
 
 
 if __name__ == "__main__":

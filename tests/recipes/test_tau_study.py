@@ -82,34 +82,46 @@ def test_each_setting_is_what_the_network_is_made_with(monkeypatch, tmp_path):
 def test_an_outcome_is_paired_with_its_twin():
     records = made_up()
     best = outcome(Setting(None, "uniform", 100.0), records, 2)
-    assert best.errors == [47.0, pytest.approx(48.3)]
+    assert best.errors == {0: 47.0, 1: pytest.approx(48.3)}
     assert best.difference == pytest.approx(-2.85)
     assert best.half_width == pytest.approx(12.706205 * 0.15, rel=1e-5)  # t(1), standard error 0.3 / 2
     assert (best.resorts, best.steps, best.spread) == ([12, 12], (0.5, 1.5), 0.5)
     assert last_error(record(float("nan"))) == 100.0
+    del records["vanilla-1"]
+    assert outcome(Setting(None, "uniform", 100.0), records, 2).errors == {0: 47.0}
+    assert outcome(Setting(None, "uniform", 100.0), {}, 2) is None
 
 
 def test_the_page_counts_what_is_better_and_names_the_best():
     records, args = made_up(), asked(["--data", "digits", "--seeds", "2"])
     outcomes = [outcome(setting, records, 2) for setting in settings(32)]
     said = "\n".join(findings(outcomes))
-    assert "3 of 24 settings are better" in said and "0 worse" in said
+    assert "3 of 24 settings with several seeds are better" in said and "0 worse" in said
     assert "Lowest mean: horizon n, uniform start, tau at x100, -2.85 ± 1.91" in said
     assert "change places in 3 settings" in said
     # Against horizon n from a uniform start, which gains 0, 1, 2, 3 with the rate: 0.75 in the mean of both starts.
-    assert "Horizon against n, all else equal (16 pairs): 1 +0.71" in said
+    assert "Horizon against n, all else equal: 1 +0.71" in said and "(16 pairs)" in said
     ours, theirs = matched(outcomes, "scale", 100.0, 1.0)
     assert len(ours) == 3 * 2 * 2
     assert sum(a != b for a, b in zip(ours, theirs, strict=True)) == 2  # both seeds of horizon n, uniform
     page = rendered(outcomes, records, args, "python it")
     assert "| n | uniform | x100 | 47.65 | -2.85 ± 1.91 | 12, 12 | 0.50 to 1.50 | 50 % |" in page
     assert "50.00, 51.00 % (mean 50.50)" in page
-    assert "Made by `python it`: 50 runs" in page
+    assert "Made by `python it`: 50 of 50 runs" in page
 
 
 def test_the_command_writes_page_picture_and_runs(monkeypatch, tmp_path, capsys):
     """The grid's trainings are replaced here; tests of the grid are in test_grid.py."""
-    monkeypatch.setattr(tau_study, "carry_out", lambda *args: made_up())
+
+    def carry_out(*args, finished):
+        finished({"vanilla-0": record(50.0)})
+        assert not list(tmp_path.iterdir())
+        finished({"vanilla-0": record(50.0), "horizon-n-uniform-tau-lr-x1-0": record(49.0, 1)})
+        assert "1 of 1" not in (tmp_path / "tau_study.md").read_text()
+        assert "-1.00 | 1 |" in (tmp_path / "tau_study.md").read_text()
+        return made_up()
+
+    monkeypatch.setattr(tau_study, "carry_out", carry_out)
     monkeypatch.setattr(sys, "argv", ["tau_study.py", "--data", "digits", "--seeds", "2", "--out", str(tmp_path)])
     tau_study.main()
     assert (tmp_path / "tau_study.png").read_bytes()[:4] == b"\x89PNG"
