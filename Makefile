@@ -9,11 +9,12 @@ SOURCES := torch_meanfield recipes tests benchmarks
 # Ruff reads no setup.cfg, so its whole configuration is this line.
 RUFF := --line-length 120 --target-version py310
 
-.PHONY: help install demo test lint types zoo build clean
+.PHONY: help install demo test soak lint types zoo build clean
 
 help:
 	@echo "make demo   train the vanilla twin and mean-field ResNets on digits; table and picture in runs/demo"
 	@echo "make test   run the tests"
+	@echo "make soak   kills, overflows, 100,000 steps, mutated files at length; benchmarks/results/soak.md"
 	@echo "make lint   ruff          make types   mypy --strict on the package"
 	@echo "make zoo    convert every model of timm and torchvision; benchmarks/results/zoo*.csv"
 	@echo "make build  wheel and source archive in dist/"
@@ -36,6 +37,9 @@ demo: $(STAMP)
 # One thread for each worker: two workers on two cores are faster than one with two threads.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(RUFF) --select E,W,F,I,UP,B,C4,RUF100 $(wildcard $(SOURCES))

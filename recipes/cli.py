@@ -27,7 +27,7 @@ from recipes.folder import Folder
 from recipes.record import provenance
 from recipes.resume import check_same_run
 from recipes.saving import WholeFiles, out_of_room
-from torch_meanfield.lightning import MeanFieldMonitor
+from torch_meanfield.lightning import ExactResume, MeanFieldMonitor
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 DEFAULT_CONFIG = {"digits": "digits.yaml", "fashion-mnist": "resnet20-fashion-mnist.yaml"}
@@ -158,6 +158,8 @@ class RecipeCLI(LightningCLI):
         # What only a training can use, and what Lightning refuses without a logger.
         idle = (() if fit else (ModelCheckpoint,)) + (() if logger else (LearningRateMonitor,))
         callbacks = [c for c in trainer.callbacks or [] if not isinstance(c, idle)]
+        if fit and not any(isinstance(c, ExactResume) for c in callbacks):
+            callbacks.append(ExactResume())
         self.curve = Curve()
         kwargs |= {"default_root_dir": folder, "logger": logger or False, "callbacks": [*callbacks, self.curve]}
         if not fit:
@@ -169,7 +171,7 @@ class RecipeCLI(LightningCLI):
             # Lightning would go on in another precision than the one asked for.
             warnings.filterwarnings("error", ".*AMP with fp16 is not supported on CPU")
             try:
-                return super().instantiate_trainer(**kwargs)
+                made = super().instantiate_trainer(**kwargs)
             except UserWarning as warning:
                 if "AMP with fp16" not in str(warning):
                     raise
@@ -177,6 +179,20 @@ class RecipeCLI(LightningCLI):
                     f"--trainer.precision {trainer.precision} needs a GPU, and this training is on the CPU; pass "
                     f"bf16-mixed, which the CPU has too, or 32"
                 ) from warning
+        self._check_processes(made)
+        return made
+
+    def _check_processes(self, trainer: Trainer) -> None:
+        """A training goes on with as many processes as wrote its checkpoint: each has generators of its own."""
+        exact = next((c for c in trainer.callbacks if isinstance(c, ExactResume)), None)
+        if exact is None or self._checkpoint is None:
+            return
+        then = self._checkpoint.get("callbacks", {}).get(exact.state_key, {}).get("world_size", trainer.world_size)
+        if then != trainer.world_size:
+            raise BadInput(
+                f"--ckpt_path {self._get(self.config, 'ckpt_path')} was written by {then} process(es), and this "
+                f"training has {trainer.world_size}; pass --trainer.devices {then}"
+            )
 
     def _check_strategy(self) -> None:
         strategy = self._get(self.config_init, "trainer").strategy

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from recipes.cli import CONFIGS
 from recipes.curve import write_json
 from recipes.errors import BadInput
+from torch_meanfield.lightning import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "recipes/cifar.py"
@@ -77,13 +78,8 @@ class Place:
         return sorted(self.pieces.glob("*/version_*"), key=lambda p: int(p.name.rsplit("_", 1)[1]), reverse=True)
 
     def checkpoint(self) -> Path | None:
-        """The latest checkpoint that can be read; a piece killed while it wrote one leaves the one before."""
-        for version in self.versions():
-            path = version / "checkpoints" / "last.ckpt"
-            with suppress(Exception):  # a torn file fails in as many ways as it can be torn
-                torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"].items()
-                return path
-        return None
+        """The latest checkpoint that is whole."""
+        return newest_checkpoint(self.pieces, "*/version_*/checkpoints/last.ckpt")
 
     def epochs(self) -> int:
         """How many epochs are done."""

@@ -205,6 +205,16 @@ def test_a_damaged_checkpoint_and_one_of_another_network_are_refused(cifar, capf
     assert _written(tmp_path) == before
 
 
+def test_another_number_of_processes_is_refused(cifar, capfd, tmp_path):
+    cifar("fit", "--data", "digits", "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2, *QUICK)
+    checkpoint = tmp_path / "runs" / "digits" / "version_0" / "checkpoints" / "last.ckpt"
+    before = _written(tmp_path)
+    capfd.readouterr()
+    two = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    _fails(cifar, capfd, ["fit", "--ckpt_path", checkpoint, *QUICK, *two], "1 process", "--trainer.devices 1")
+    assert _written(tmp_path) == before
+
+
 def test_an_unreadable_image_is_named_without_a_traceback(cifar, capfd, image_folder):
     (image_folder / "test" / "dog" / "1.png").write_bytes(b"")
     with pytest.raises(SystemExit) as ended:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from torch_meanfield.particles.population import Slice, Stack
 
-
 PIECE = 2**20  # bytes
 
 

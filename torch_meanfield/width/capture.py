@@ -160,8 +160,8 @@ class Recorder:
         return {
             "inputs": self.inputs[: self._taken],
             "gradients": self.gradients[: self._taken],
-            "before": self.before,
-            "after": self.after,
+            "before": self.before if self._known else None,
+            "after": self.after if self._known else None,
         }
 
     def load(self, state: dict[str, Any]) -> None:

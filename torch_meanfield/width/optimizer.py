@@ -208,6 +208,8 @@ class BirthDeathOptimizer(SharingOptimizer):
         """
         if not self.settings.active or not self.enabled:
             return self.optimizer.step(closure, **kwargs) if closure is not None else self.optimizer.step(**kwargs)
+        if self._overflowed():
+            return None
         if closure is None:
             seen = self._read()
             out = self.optimizer.step(**kwargs)
@@ -226,17 +228,24 @@ class BirthDeathOptimizer(SharingOptimizer):
             self._after()
         return out
 
+    def _overflowed(self) -> bool:
+        """Whether a ``GradScaler`` has found this step to overflow and leaves it to a fused optimizer to skip it.
+
+        Then that one is not called: it would make its state all the same, SGD's momentum out of unwritten memory.
+        """
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is None or not bool(found_inf.any()):
+            return False
+        if self._dynamics is not None:
+            self._dynamics.forget_step()
+        return True
+
     def _read(self) -> bool:
         """Take in this step's potentials; whether there was a step to see."""
         if self._glimpse is not None:
             example, self._glimpse = self._glimpse.take(), None
             assert self._model is not None
             self._settle(discovered(self._model, example, self.optimizer))
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf.any()):  # a fused optimizer, which will skip by itself
-            if self._dynamics is not None:
-                self._dynamics.forget_step()
-            return False
         # Checkpointing makes optimizers initialise by a step with learning rate 0: no time passes in it.
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
         if all(not isinstance(lr, Tensor) and lr == 0 for lr in rates) or self._dynamics is None:
