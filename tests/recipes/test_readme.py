@@ -25,5 +25,5 @@ def test_the_code_blocks_run_and_do_what_their_comments_say(capsys):
 def test_every_file_and_option_it_names_exists():
     for path in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
         assert (ROOT / path).exists(), path
-    for path in set(re.findall(r"recipes/[\w./]+", TEXT)):
+    for path in set(re.findall(r"recipes/[\w./-]+", TEXT)):
         assert (ROOT / path.rstrip(".")).exists(), path
