@@ -107,7 +107,8 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         seeded = [*common, "--seed_everything", str(seed)]
         twin = ["--model.learn_tau", "false"]
         out.append(Job(f"{VANILLA}-{seed}", CONFIG, (*seeded, *twin, *args.more), args.epochs))
-        for setting in settings(args.depth):
+        # The extreme rates last, if the study does not come to its end.
+        for setting in sorted(settings(args.depth), key=lambda s: abs(math.log10(s.scale))):
             out.append(Job(f"{setting.name}-{seed}", CONFIG, (*seeded, *setting.args, *args.more), args.epochs))
     return out
 
