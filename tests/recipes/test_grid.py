@@ -138,7 +138,15 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(script, tmp_path):
     assert args[args.index("--ckpt_path") + 1] == str(folder / "last.ckpt")
 
 
-def test_an_interruption_ends_the_trainings(script, tmp_path):
+@pytest.fixture
+def listening():
+    """SIGINT raises KeyboardInterrupt; a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_ends_the_trainings(script, tmp_path, listening):
     text = script.read_text().replace("time.sleep(1.0)", "time.sleep(60)")
     script.write_text(text)
     begun = threading.Timer(2.0, lambda: os.kill(os.getpid(), signal.SIGINT))
