@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,12 +21,36 @@ from tqdm import tqdm
 
 from recipes.cli import CONFIGS
 from recipes.curve import write_json
-from recipes.errors import BadInput
+from recipes.errors import BadInput, leave
+from recipes.saving import out_of_room
 from torch_meanfield.lightning import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "recipes/cifar.py"
 POLL = 0.5  # seconds
+
+
+@contextmanager
+def one_line_endings(script: str) -> Iterator[None]:
+    """What ends a grid early is told in one line: exit code 2 for what its user can mend, 1 for failed trainings.
+
+    Args:
+        script: its name, before the line.
+    """
+    try:
+        yield
+    except BadInput as error:
+        leave(script, error)
+    except Failed as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except OSError as error:
+        if out_of_room(error) is None:
+            raise
+        leave(script, BadInput(f"no room on the disk ({error}); make room, and the same command goes on from here"))
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ if __package__ in (None, ""):  # run as a script: its siblings are found from th
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes.curve import write_json
-from recipes.errors import BadInput, leave
-from recipes.grid import Failed, Job, at_once_by_default, carry_out
+from recipes.errors import BadInput
+from recipes.grid import Job, at_once_by_default, carry_out, one_line_endings
 from recipes.paired import paired, told
 from recipes.sources import open_source
 from recipes.table_picture import draw
@@ -298,7 +298,7 @@ def asked(argv: list[str]) -> tuple[Table, argparse.Namespace]:
 
 def main() -> None:
     command = "python recipes/table.py " + shlex.join(sys.argv[1:])
-    try:
+    with one_line_endings("table.py"):
         table, args = asked(sys.argv[1:])
         for row in table.rows:
             table.label_of(row)  # opens the source: a wrong --data is told before a process is started
@@ -307,14 +307,6 @@ def main() -> None:
             table.jobs(), args.out / "runs", at_once, args.threads, lambda done: write(table, done, args.out, command)
         )
         write(table, records, args.out, command)
-    except BadInput as error:
-        leave("table.py", error)
-    except Failed as error:
-        print(f"table.py: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        print("table.py: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
     print((args.out / "table.md").read_text())
 
 

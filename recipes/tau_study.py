@@ -26,8 +26,8 @@ if __package__ in (None, ""):  # run as a script: its siblings are found from th
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes.curve import write_json
-from recipes.errors import BadInput, leave
-from recipes.grid import Failed, Job, at_once_by_default, carry_out
+from recipes.errors import BadInput
+from recipes.grid import Job, at_once_by_default, carry_out, one_line_endings
 from recipes.paired import paired, told
 from recipes.sources import open_source
 from recipes.tau_picture import draw
@@ -262,20 +262,12 @@ def write(args: argparse.Namespace, records: dict[str, dict[str, Any]], command:
 
 def main() -> None:
     command = "python recipes/tau_study.py " + shlex.join(sys.argv[1:])
-    try:
+    with one_line_endings("tau_study.py"):
         args = asked(sys.argv[1:])
         open_source(args.data, args.root, args.size)  # a wrong --data is told before a process is started
         at_once = args.jobs or at_once_by_default()
         records = carry_out(jobs(args), args.out / "runs", at_once, finished=lambda done: write(args, done, command))
-    except BadInput as error:
-        leave("tau_study.py", error)
-    except Failed as error:
-        print(f"tau_study.py: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        print("tau_study.py: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    write(args, records, command)
+        write(args, records, command)
     print((args.out / "tau_study.md").read_text())
 
 

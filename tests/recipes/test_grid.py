@@ -1,5 +1,6 @@
 """Many runs, several at once: none done twice, none lost. A small script stands for the training, the rest is real."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import torch
 
 from recipes import grid
 from recipes.errors import BadInput
-from recipes.grid import Failed, Job, Place, carry_out
+from recipes.grid import Failed, Job, Place, carry_out, one_line_endings
 
 TRAINING = """
     import json, os, sys, time
@@ -167,3 +168,25 @@ def test_each_run_sees_one_gpu(monkeypatch):
     assert grid._one_gpu(0) == {}
     assert grid.at_once_by_default() == len(os.sched_getaffinity(0))
     assert Path(sys.executable).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (BadInput("--seeds 0: pass at least 1"), 2, "it.py: error: --seeds 0: pass at least 1"),
+        (Failed("a: it fell"), 1, "it.py: error: a: it fell"),
+        (KeyboardInterrupt(), 130, "it.py: interrupted; the same command goes on from here"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "it.py: error: no room on the disk"),
+    ],
+)
+def test_what_ends_a_grid_early_is_one_line(capsys, error, code, line):
+    with pytest.raises(SystemExit) as ended, one_line_endings("it.py"):
+        raise error
+    told = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, len(told)) == (code, 1)
+    assert told[0].startswith(line)
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    with pytest.raises(PermissionError), one_line_endings("it.py"):
+        raise PermissionError("not yours")
