@@ -1,9 +1,10 @@
-"""Small data sets in the layouts of the real ones: a folder of images, and archives that a local server offers."""
+"""The recipe as a function, and small data sets in the layouts of the real ones: a folder, archives from a server."""
 
 import gzip
 import hashlib
 import pickle
 import struct
+import sys
 import tarfile
 import threading
 from functools import partial
@@ -14,6 +15,20 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
+
+from recipes.cifar import main as cifar_main
+
+
+@pytest.fixture
+def cifar(monkeypatch, tmp_path):
+    """Run ``recipes/cifar.py`` with these arguments, in this process and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["cifar.py", *map(str, args)])
+        return cifar_main()
+
+    return run
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from recipes import curve, saving
-from recipes.cifar import long_form, main
+from recipes.cifar import long_form
 from recipes.cli import CONFIGS, spelled_out
 from recipes.task import ImageTask
 
@@ -22,18 +22,6 @@ QUICK = (
     *("--model.depth", "8", "--trainer.log_every_n_steps", "1"),
     *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
 )
-
-
-@pytest.fixture
-def cifar(monkeypatch, tmp_path):
-    """Run ``recipes/cifar.py`` with these arguments, in this process and an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["cifar.py", *map(str, args)])
-        return main()
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """Every configuration runs on a data set of its own layout, and the eight rows are the published protocol."""
 
-import sys
 
 import pytest
 import yaml
 
-from recipes.cifar import main
 from recipes.cli import CONFIGS
 from torch_meanfield import MeanFieldResNet
 
@@ -22,18 +20,6 @@ ROWS = {
     "resnext29-8x64d-cifar100": (29, "resnext", 8, 5e-4, 300, 34.4),
     "resnext29-16x64d-cifar100": (29, "resnext", 16, 5e-4, 300, 68.1),
 }
-
-
-@pytest.fixture
-def cifar(monkeypatch, tmp_path):
-    """Run ``recipes/cifar.py`` with these arguments, in this process and an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["cifar.py", *map(str, args)])
-        return main()
-
-    return run
 
 
 @pytest.mark.parametrize("config", FILES)

@@ -4,11 +4,9 @@ import errno
 import json
 import os
 import signal
-import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -167,7 +165,6 @@ def test_each_run_sees_one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert grid._one_gpu(0) == {}
     assert grid.at_once_by_default() == len(os.sched_getaffinity(0))
-    assert Path(sys.executable).exists()
 
 
 @pytest.mark.parametrize(
