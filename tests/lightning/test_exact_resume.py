@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from torch_meanfield.lightning import ExactResume
+from torch_meanfield.lightning.plain_names import name_plainly_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 EPOCHS, BATCHES = 3, 4
@@ -346,17 +347,60 @@ def test_a_checkpoint_without_generators_is_warned_of(tmp_path):
         _fit(tmp_path, tmp_path / f"step={BATCHES}.ckpt")
 
 
-def test_names_of_compiled_modules(tmp_path):
+def _compiled(in_place=False):
     task = Task()
-    task.net = torch.compile(task.net, backend="eager")
-    with pytest.warns(UserWarning, match=r"net was made by torch.compile\(module\).*call net.compile\(\) instead"):
-        _fit(tmp_path / "wrapped", task=task, max_epochs=1)
-    task = Task()
-    task.net.compile(backend="eager")
-    _fit(tmp_path / "in place", task=task, max_epochs=1)
-    saved = torch.load(tmp_path / "in place" / "step=1.ckpt", weights_only=True)["state_dict"]
+    if in_place:
+        task.net.compile(backend="eager")
+    else:
+        task.net = torch.compile(task.net, backend="eager")
+    return task
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_module_is_saved_under_its_plain_names_and_resumed(tmp_path, in_place):
+    _, whole = _fit(tmp_path, task=_compiled(in_place))
+    path = tmp_path / "step=6.ckpt"
+    saved = torch.load(path, weights_only=True)["state_dict"]
     Task().load_state_dict(saved)
     assert not any("_orig_mod" in name for name in saved)
+    _same(_fit(tmp_path, path, seed=99, task=_compiled(in_place))[1], whole)
+    _same(_fit(tmp_path, path, seed=99)[1], whole)  # by the plain model
+
+
+def test_a_checkpoint_with_the_prefix_is_read(tmp_path):
+    _, whole = _fit(tmp_path, task=_compiled())
+    path = tmp_path / "step=6.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    states = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {name.replace("net.", "net._orig_mod."): value for name, value in states.items()}
+    torch.save(checkpoint, path)
+    _same(_fit(tmp_path, path, seed=99, task=_compiled())[1], whole)
+
+
+@pytest.mark.parametrize("averages_first", [False, True])
+def test_so_are_the_averages_of_a_compiled_module(tmp_path, averages_first):
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+
+    def fit(path=None, **kwargs):
+        average = averaging.EMAWeightAveraging(decay=0.5)
+        ours = [average, ExactResume()] if averages_first else [ExactResume(), average]
+        _, task = _fit(tmp_path, path, task=_compiled(), exact=False, callbacks=ours, **kwargs)
+        return task
+
+    whole = fit()
+    path = tmp_path / "step=6.ckpt"
+    saved = torch.load(path, weights_only=True)
+    for part in (saved["state_dict"], saved["current_model_state"]):
+        assert part and not any("_orig_mod" in name for name in part)
+    Task().load_state_dict(saved["state_dict"])
+    _same(fit(path, seed=99), whole)
+
+
+def test_versions_of_compiled_modules_are_kept(tmp_path):
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.BatchNorm1d(2)), backend="eager"))
+    name_plainly_(model)
+    versions = model.state_dict()._metadata
+    assert versions["0.0"] == versions["0._orig_mod.0"] == {"version": 2}
 
 
 def test_evaluation_asks_for_nothing(tmp_path):

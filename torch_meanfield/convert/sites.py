@@ -64,17 +64,17 @@ class StepScaled:
         """The module's forward pass with its scaled parameters."""
         site: Site = self.__dict__[_KEY]
         step = site.stage.step(site.slot)
-        replaced: list[tuple[dict[str, Any], str]] = []
+        kept: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
             for path, name, power in site.scaled:
-                owner = _descend(self, path).__dict__
-                # An entry of __dict__ comes before one of _parameters when the attribute is read.
-                owner[name] = multiply(owner["_parameters"][name], factor(step, power))
-                replaced.append((owner, name))
+                parameters = _descend(self, path)._parameters
+                kept.append((parameters, name, parameters[name]))
+                # As torch.func.functional_call does it, and torch.compile can follow.
+                parameters[name] = multiply(parameters[name], factor(step, power))
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            for owner, name in replaced:
-                del owner[name]
+            for parameters, name, parameter in kept:
+                parameters[name] = parameter
         return multiply(out, step) if site.output else out
 
     def __reduce_ex__(self, protocol: Any) -> Any:

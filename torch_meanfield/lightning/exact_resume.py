@@ -8,10 +8,14 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
-from torch_meanfield.lightning import ends, generators, means
+from torch_meanfield.lightning import ends, generators, means, own_buffers
+from torch_meanfield.lightning.plain_names import name_plainly_
 from torch_meanfield.lightning.replay import Replay
+from torch_meanfield.width import BirthDeathOptimizer
 
 VERSION = 1
 
@@ -28,6 +32,9 @@ class ExactResume(Callback):
     - how many batches of the epoch were used, and the generators as they were before its first. The epoch is begun
       again from there; its used batches are loaded once more and thrown away, since only that brings DataLoader
       workers back to where they were (for the same reason persistent workers are started anew in each epoch);
+    - buffers in which the ranks differ: DDP and FSDP2 leave each its own statistics of batch norm;
+    - of a ``BirthDeathOptimizer``, what each rank has seen since the last event, and under FSDP2 all that it adds to
+      the wrapped optimizer's state;
     - the sums behind the means that ``self.log(..., on_epoch=True)`` keeps of the epoch (of tensors; torchmetrics
       objects are modules with a ``persistent`` state of their own).
 
@@ -39,10 +46,12 @@ class ExactResume(Callback):
 
     Tensors and plain types only: ``torch.load(weights_only=True)`` reads the checkpoint.
 
+    Where a submodule was replaced by ``torch.compile(submodule)``, its tensors keep the names they have in it,
+    without ``_orig_mod.``, so that the plain model loads the checkpoint too; with that prefix it is read as well.
+
     Warns:
-        UserWarning: a submodule was replaced by ``torch.compile(submodule)``, so that its names in the checkpoint
-            begin with ``_orig_mod.`` and the uncompiled model cannot load it; the checkpoint was written without this
-            callback; or it is written between two optimizer steps, in one or while gradients are accumulated.
+        UserWarning: the checkpoint was written without this callback; or it is written between two optimizer steps, in
+            one or while gradients are accumulated.
 
     Raises:
         ValueError: on resuming with another number of processes or on another kind of device than the checkpoint's;
@@ -84,8 +93,16 @@ class ExactResume(Callback):
             "epoch": self._replay.state(len(getattr(fetcher, "batches", ()))) if place == ends.WITHIN else None,
             "logged": [] if place == ends.BETWEEN else means.sums(trainer),
             "within": within,
+            "buffers": own_buffers.collect(trainer.lightning_module) if trainer.world_size > 1 else {},
         }
-        return {"version": VERSION, "world_size": trainer.world_size, "ranks": _from_all_ranks(ours, trainer)}
+        ranks = _from_all_ranks(ours, trainer)
+        own_buffers.drop_common_(ranks)
+        return {
+            "version": VERSION,
+            "world_size": trainer.world_size,
+            "ranks": ranks,
+            "births": [None if o is None else o.birth_death_state() for o in _wrappers(trainer)],
+        }
 
     # -- loading -------------------------------------------------------------------------------------------------
 
@@ -93,6 +110,7 @@ class ExactResume(Callback):
         """Take this rank's part, or say why it cannot be resumed from."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self._name_plainly(trainer, pl_module)
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if not state:
             warnings.warn(
@@ -125,7 +143,7 @@ class ExactResume(Callback):
             )
         if ours["place"] == ends.LAST:
             ends.finish(checkpoint["loops"]["fit_loop"])
-        self._loaded = ours
+        self._loaded = {**ours, "births": state.get("births", [])}
 
     # -- in the loop ---------------------------------------------------------------------------------------------
 
@@ -137,21 +155,29 @@ class ExactResume(Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.remove(self)
         callbacks.insert(0, self)
-        compiled = sorted({n.split("_orig_mod.")[0][:-1] for n in pl_module.state_dict() if "_orig_mod." in n})
-        if compiled:
-            warnings.warn(
-                f"ExactResume: {', '.join(compiled)} was made by torch.compile(module), so checkpoints name its "
-                f"tensors '{compiled[0]}._orig_mod....' and only a compiled model loads them; call "
-                f"{compiled[0]}.compile() instead, which compiles in place and leaves the names as they are",
-                stacklevel=2,
-            )
+        self._name_plainly(trainer, pl_module)
+
+    @staticmethod
+    def _name_plainly(trainer: Trainer, pl_module: LightningModule) -> None:
+        """In the model, and in the averages that callbacks keep of it."""
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            return  # torch.distributed.checkpoint, which names the tensors there, leaves the prefix out itself
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for owner in (pl_module, *(value for each in callbacks for value in vars(each).values())):
+            if isinstance(owner, nn.Module):
+                name_plainly_(owner)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the loaders, and let an interrupted epoch go on where it was."""
+        self._name_plainly(trainer, pl_module)
         self._watch(trainer)
         self._isolate_validation(trainer)
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
+            for wrapper, births in zip(_wrappers(trainer), loaded["births"], strict=False):
+                if wrapper is not None and births is not None:
+                    wrapper.load_birth_death_state(births)
+            own_buffers.restore_(pl_module, loaded.get("buffers", {}))
             self._states = loaded["generators"]
             self._logged = loaded["logged"]
             if loaded["place"] == ends.LAST:
@@ -255,6 +281,11 @@ class ExactResume(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave validation as it was."""
         self.teardown(trainer, pl_module, "fit")
+
+
+def _wrappers(trainer: Trainer) -> list[BirthDeathOptimizer | None]:
+    """The trainer's optimizers, those that let units die and be born."""
+    return [o if isinstance(o, BirthDeathOptimizer) else None for o in trainer.optimizers]
 
 
 def _within_a_step(trainer: Trainer) -> str:
