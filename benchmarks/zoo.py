@@ -63,7 +63,7 @@ def on_meta(build: Callable[[], Any]) -> Any:
     try:
         with torch.device("meta"):
             return build()
-    except NotImplementedError:  # computes its widths with tensors
+    except (NotImplementedError, RuntimeError):  # computes its widths, or in older timm its rates, with tensors
         return build().to("meta")
 
 

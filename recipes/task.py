@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -118,10 +119,6 @@ class ImageTask(Classifier):
         """The callback that averages the weights in `fit`; averages of blocks travel with re-sorts by themselves."""
         if self.ema is None or self.trainer.state.fn != TrainerFn.FITTING:
             return []
-        try:
-            from lightning.pytorch.callbacks import EMAWeightAveraging
-        except ImportError as error:
-            raise BadInput(f"--model.ema {self.ema} needs lightning 2.6 or newer; update it, or pass null") from error
         return [EMAWeightAveraging(decay=self.ema)]
 
     def configure_model(self) -> None:

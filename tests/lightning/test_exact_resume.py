@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
@@ -379,10 +379,8 @@ def test_a_checkpoint_with_the_prefix_is_read(tmp_path):
 
 @pytest.mark.parametrize("averages_first", [False, True])
 def test_so_are_the_averages_of_a_compiled_module(tmp_path, averages_first):
-    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
-
     def fit(path=None, **kwargs):
-        average = averaging.EMAWeightAveraging(decay=0.5)
+        average = EMAWeightAveraging(decay=0.5)
         ours = [average, ExactResume()] if averages_first else [ExactResume(), average]
         _, task = _fit(tmp_path, path, task=_compiled(), exact=False, callbacks=ours, **kwargs)
         return task

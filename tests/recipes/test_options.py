@@ -285,14 +285,6 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, options):
     assert bool(task.born) == ("birth_death" in options)
 
 
-def test_averages_need_a_lightning_that_has_them(monkeypatch):
-    from lightning.pytorch import callbacks
-
-    monkeypatch.delattr(callbacks, "EMAWeightAveraging")
-    with pytest.raises(BadInput, match=r"--model.ema 0.9 needs lightning 2.6 or newer"):
-        _fit(_task(ema=0.9))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -31,8 +31,6 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("seed", [0, 2])  # forward and stepped, then writing and torn
 def test_the_end_is_that_of_the_whole_run(tmp_path, whole, form, seed):
-    if form == "Lightning":
-        pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
     outcome = killed_and_resumed(form, tmp_path, STEPS, random_deaths(seed, STEPS, 2), whole(form))
     assert outcome.kills == 2
     assert outcome.differences == []
@@ -61,6 +59,13 @@ def test_the_newest_checkpoint_that_is_whole(tmp_path):
         with pytest.warns(UserWarning, match=r"c\.ckpt is not whole \("):
             assert newest_checkpoint(tmp_path) == tmp_path / "b.ckpt"
     assert newest_checkpoint(tmp_path, "a*") == tmp_path / "a.ckpt"
+
+
+def test_of_two_checkpoints_at_one_time_the_one_of_the_later_step(tmp_path):
+    for name in ("step=9", "step=10", "step=1"):
+        torch.save({}, tmp_path / f"{name}.ckpt")
+        os.utime(tmp_path / f"{name}.ckpt", ns=(0, 10**18))
+    assert newest_checkpoint(tmp_path) == tmp_path / "step=10.ckpt"
 
 
 def _with_a_flipped_bit(path, content):
