@@ -1,6 +1,7 @@
 # Everything from a fresh clone: `make demo`, `make test`. Each makes the environment it needs, once.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -9,11 +10,14 @@ SOURCES := torch_meanfield recipes tests benchmarks
 # Ruff reads no setup.cfg, so its whole configuration is this line.
 RUFF := --line-length 120 --target-version py310
 
-.PHONY: help install demo test soak lint types zoo build clean
+.PHONY: help install demo test test-oldest coverage mutation soak lint types zoo build clean
 
 help:
 	@echo "make demo   train the vanilla twin and mean-field ResNets on digits; table and picture in runs/demo"
 	@echo "make test   run the tests"
+	@echo "make test-oldest   run them on the oldest versions that setup.cfg admits, in an environment of their own"
+	@echo "make coverage   run them and fail if they reach less than 95 % of the package's lines"
+	@echo "make mutation   test the tests: mutants of the modules that move particles; benchmarks/results/mutation.md"
 	@echo "make soak   kills, overflows, 100,000 steps, mutated files at length; benchmarks/results/soak.md"
 	@echo "make lint   ruff          make types   mypy --strict on the package"
 	@echo "make zoo    convert every model of timm and torchvision; benchmarks/results/zoo*.csv"
@@ -38,6 +42,23 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
+# The lower bounds of setup.cfg become pins, but for the tools of the tests. Old releases warn of what their newer
+# dependencies have deprecated since: there, warnings are no errors.
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	sed -n '/^install_requires/,/^test =/s/^    \([A-Za-z0-9_-]*\)\(\[.*\]\)\{0,1\}>=\([0-9.]*\)$$/\1==\3/p' setup.cfg >$(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/oldest.txt --editable '.[timm,lightning,test]'
+	@cat $(OLDEST)/oldest.txt
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -W default
+
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov
+
+# About an hour on two cores. Resumes where it stopped; remove mutants/ to begin anew.
+mutation: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py --workers $(WORKERS)
+
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
@@ -56,5 +77,5 @@ build: $(STAMP)
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* mutants
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

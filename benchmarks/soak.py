@@ -4,16 +4,19 @@
     python benchmarks/soak.py [--parts kills,overflows,...] [--tries 20] [--steps 100000] [--mutations 1000] [--seed 0]
 
 Parts: `kills` (SIGKILL at random steps and moments, and inside the write of a checkpoint, `--tries` for each form of
-training), `overflows` (of a GradScaler, at random steps, `--tries` runs for each optimizer), `long` (`--steps` steps
-with an event in every fourth), `company` (threads, DataLoader workers, copies, other processes), `hostile` (mutated
-checkpoints) and `properties` (hypothesis, at length). A part survived if the training ended in the very bits of one to
-which nothing happened, or, for hostile files, if each was loaded whole or refused by name. Ends with 1 if anything did
-not survive. `results/soak.md` and `.json` are written anew after each part; parts that were not asked for are kept.
+training), `overflows` (of a GradScaler, at random steps, `--tries` runs for each optimizer), `ranks` (two and four
+processes, DDP and FSDP2, against one; their checkpoints on other numbers of ranks; their kills), `long` (`--steps`
+steps with an event in every fourth), `company` (threads, DataLoader workers, copies, other processes), `hostile`
+(mutated checkpoints) and `properties` (hypothesis, at length). A part survived if the training ended in the very bits
+of one to which nothing happened (ranks that share a batch: the motions of one process, tensors within 1e-9), or, for
+hostile files, if each was loaded whole or refused by name. Ends with 1 if anything did not survive.
+`results/soak.md` and `.json` are written anew after each part; parts that were not asked for are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import random
@@ -24,7 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,80 @@ def overflows(args: argparse.Namespace) -> Iterator[Row]:
         yield Row(f"overflow, {name}", skipped, survived, how)
 
 
+def ranks(args: argparse.Namespace) -> Iterator[Row]:
+    from tests.trust.ranks import FSDP_ON_CPU, Form, apart, distance, interrupted, resumed, together, trained
+
+    steps, tolerance = 300, 1e-9
+    strategies = ("DDP", "FSDP2") if FSDP_ON_CPU else ("DDP",)
+    alone = trained(Form(), steps)
+    causes = [cause for cause, _, _ in alone["motions"]]
+    moved = f"{causes.count('resort')} re-sorts and {causes.count('birth_death')} motions of births"
+
+    def row(fault: str, act: Callable[[], tuple[list[str], str]]) -> Row:
+        say(f"ranks: {fault}")
+        try:
+            differing, how = act()
+        except RuntimeError as error:  # a rank failed: that is a try that was not survived
+            differing, how = [str(error)], "a rank failed"
+        for difference in differing[:3]:
+            print(f"\n{fault}: {difference}", file=sys.stderr)
+        return Row(fault, 1, int(not differing), how)
+
+    def against_alone(endings: list[dict[str, Any]]) -> tuple[list[str], str]:
+        far = distance(endings[0], alone)
+        differing = apart(endings) + [f"{far:.1e} from one process"] * (far > tolerance)
+        return differing, f"ranks alike in all bits; every motion of one process, tensors within {far:.0e} of it"
+
+    for strategy in strategies:
+        for world in (2, 4):
+            row_of = functools.partial(together, world, trained, Form(strategy), steps)
+            made = row(f"{strategy}, {world} ranks", lambda act=row_of: against_alone(act()))
+            yield replace(made, how=f"{steps} steps in float64, {moved}: {made.how}")
+    if FSDP_ON_CPU:
+        narrow = Form("FSDP2", narrow=True, dtype=torch.float32)
+        whole_batch = replace(narrow, alike=True, births={"batch_size": 32, "steep": False})
+        (one,) = together(1, trained, whole_batch, steps)
+        for world in (2, 4):
+
+            def rounded(world: int = world) -> tuple[list[str], str]:
+                # four ranks with a quarter of the batch each take a minute and show nothing that two do not
+                parts = apart(together(world, trained, narrow, steps)) if world == 2 else []
+                whole = apart([one, *together(world, trained, whole_batch, steps)])
+                how = "ranks alike in all bits; " if world == 2 else ""
+                return parts + whole, f"{steps} steps: {how}given the whole batch each, in the bits of one rank"
+
+            yield row(f"FSDP2 in bfloat16, {world} ranks", rounded)
+    for strategy in strategies:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            together(2, interrupted, Form(strategy), steps // 2, folder)
+            for world in (1, 4):
+                row_of = functools.partial(together, world, resumed, Form(strategy), steps, folder)
+                made = row(f"{strategy}, checkpoint of 2 ranks on {world}", lambda act=row_of: against_alone(act()))
+                yield replace(made, how=f"saved at step {steps // 2} of {steps}: {made.how}")
+    yield from _ranks_killed(args, strategies)
+
+
+def _ranks_killed(args: argparse.Namespace, strategies: tuple[str, ...]) -> Iterator[Row]:
+    from tests.trust.kills import KEPT, Death, random_deaths
+    from tests.trust.ranks_killed import RANKS, killed_and_resumed, run
+
+    epochs, steps, kills = 4, 32, 4
+    for strategy in strategies:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            say(f"SIGKILL of all ranks, {strategy}")
+            run(strategy, folder / "whole", epochs, Death())
+            outcome = killed_and_resumed(
+                strategy, folder / "killed", epochs, random_deaths(args.seed, steps - KEPT, kills), folder / "whole"
+            )
+            for difference in outcome.differences[:3]:
+                print(f"\n{strategy}: {difference}", file=sys.stderr)
+            survived = 0 if outcome.differences else outcome.kills
+            how = f"each of {RANKS} ranks ends, after {steps} steps, in the bits of its whole run"
+            yield Row(f"SIGKILL of all ranks, {strategy} in Lightning", outcome.kills, survived, how)
+
+
 def long(args: argparse.Namespace) -> Iterator[Row]:
     from tests.trust.long_runs import long_run
 
@@ -171,6 +248,7 @@ def properties(args: argparse.Namespace) -> Iterator[Row]:
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "kills": kills,
     "overflows": overflows,
+    "ranks": ranks,
     "long": long,
     "company": company,
     "hostile": hostile,

@@ -15,7 +15,6 @@ from recipes.errors import BadInput
 from recipes.sharded import Plan
 from torch_meanfield import BirthDeathOptimizer
 from torch_meanfield.width import Event
-from torch_meanfield.width.saved import KEY
 
 Batch = tuple[Tensor, Tensor]
 APART = "birth_death"  # where a checkpoint of a sharded run keeps what its optimizer state has no room for
@@ -99,7 +98,8 @@ class Classifier(LightningModule):
         """
         if self.birth_death_every is None:
             return optimizer
-        options: dict[str, Any] = {"every": self.birth_death_every, "batch_size": self._compiled_batch()}
+        batch = self._compiled_batch()  # a compiled network shows neither its samples nor where the loss is steep
+        options: dict[str, Any] = {"every": self.birth_death_every, "batch_size": batch, "steep": batch is None}
         if self._plan is None:
             options["example_input"] = example().to(self.device)
         else:
@@ -122,12 +122,12 @@ class Classifier(LightningModule):
         checkpoint["born"] = self.born
         if self._plan is not None and self._wrapper is not None:
             # The tools that gather a sharded optimizer's state take what torch's own optimizers have.
-            checkpoint[APART] = self._wrapper.state_dict()[KEY]
+            checkpoint[APART] = self._wrapper.birth_death_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.born = checkpoint.get("born", 0)
         if self._plan is not None and self._wrapper is not None and APART in checkpoint:
-            self._wrapper.load_state_dict({**self._wrapper.optimizer.state_dict(), KEY: checkpoint[APART]})
+            self._wrapper.load_birth_death_state(checkpoint[APART])
 
 
 def check(argument: str, value: Any, fits: bool, wanted: str) -> None:

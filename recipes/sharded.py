@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,8 +18,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's :class:`ModelParallelStrategy` with all devices in one data-parallel group.
 
     Parameters, gradients and optimizer state are divided among the devices; a checkpoint is one file with all of them,
-    and `test` reads it on any number of devices. Batch norm's running statistics are those of each device's own images,
-    and the first device's are what is saved.
+    and `test` reads it on any number of devices. Batch norm's running statistics are those of the first device's
+    images, as under DDP: see :func:`shard_`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -35,7 +37,8 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: fully_shar
 def shard_(net: nn.Module, mesh: DeviceMesh) -> None:
     """Divide the parameters of ``net`` over ``mesh``, gathered block by block; a second call changes nothing.
 
-    Blocks of mean-field layers are sharded each on its own, everything else, tau with it, at once with ``net``.
+    Blocks of mean-field layers are sharded each on its own, everything else, tau with it, at once with ``net``. FSDP2
+    leaves buffers alone; here the first device's are sent to all before each pass, as DDP does.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -45,6 +48,19 @@ def shard_(net: nn.Module, mesh: DeviceMesh) -> None:
         for block in layer:
             fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
+    net.register_forward_pre_hook(_send_buffers)
+
+
+def _send_buffers(net: nn.Module, args: tuple[Any, ...]) -> None:
+    """Give all devices the first one's buffers, those of one kind in one message."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in net.buffers():
+        kinds.setdefault(buffer.dtype, []).append(buffer.detach())
+    for buffers in kinds.values():
+        message = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(message, src=0)
+        for buffer, part in zip(buffers, message.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 class Plan:

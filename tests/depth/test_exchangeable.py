@@ -30,8 +30,14 @@ def _shared():
 @pytest.mark.parametrize(
     "branches, match",
     [
-        ((nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=2, dilation=2)), "dilation=.*one shape and config"),
-        ((nn.Linear(4, 4), nn.Linear(4, 4, bias=False)), "'bias'"),
+        (
+            (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=2, dilation=2)),
+            "it is Conv2d\\(.*dilation=.*one shape and config",
+        ),
+        (
+            (nn.Linear(4, 4), nn.Linear(4, 4, bias=False)),
+            "at 'bias': it holds None, branches\\[0\\] \\(4,\\) torch.float32 on cpu; only",
+        ),
         ((nn.Linear(4, 4), nn.Linear(4, 4).double()), "float64"),
         ((nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.GELU())), "GELU"),
         ((nn.LayerNorm(4), nn.LayerNorm(4, eps=1e-3)), "eps=0.001"),
@@ -49,6 +55,27 @@ def test_branches_that_cannot_change_places_are_refused(branches, match):
 def test_drop_probabilities_belong_to_the_place():
     layer = MeanFieldSequential(_Custom(0.0), _Custom(0.5)).eval()
     assert layer(torch.ones(1, 4)).shape == (1, 4)
+
+
+class StochasticDepth(nn.Module):
+    """Named, and shown, as torchvision's is."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x
+
+    def extra_repr(self):
+        return f"p={self.p}"
+
+
+def test_drop_modules_of_any_name_may_differ_in_their_probability():
+    branches = [nn.Sequential(nn.Linear(4, 4), StochasticDepth(p), nn.Dropout(p)) for p in (0.1, 0.2)]
+    assert len(MeanFieldSequential(*branches)) == 2
+    with pytest.raises(ValueError, match="at '1': it is Dropout, branches.0. StochasticDepth"):
+        MeanFieldSequential(branches[0], nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Dropout(0.1)))
 
 
 def test_tied_tensors_inside_a_branch_are_fine():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torch_meanfield import MeanFieldSequential, subscribe
+from torch_meanfield.depth import rebirth
 from torch_meanfield.depth.rebirth import shared_intervals
 
 
@@ -135,8 +138,40 @@ def test_averaged_copies_follow_to_the_new_places() -> None:
 def test_a_bad_index_changes_nothing() -> None:
     layer = smooth_layer(4)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
-    with pytest.raises(ValueError, match="index must hold 4 integers"):
+    with pytest.raises(ValueError, match=r"MeanFieldSequential \(4 branches\): index must hold 4 integers"):
         layer.resample_(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"index must lie in 0\.\.3"):
         layer.resample_(torch.tensor([0, 1, 2, 9]))
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+def test_a_block_that_keeps_its_interval_stays_exactly_where_it_is() -> None:
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):  # start + (stop - start) is not always stop
+        tau = (torch.rand(6, generator=g) * 10 ** torch.randint(0, 8, (6,), generator=g)).sort().values
+        new = shared_intervals(tau, torch.tensor([0, 1, 3, 3, 4, 5]))
+        assert new[[0, 1, 3, 4, 5]].tolist() == tau[[0, 1, 3, 4, 5]].tolist() and new[2] <= new[3]
+
+
+def test_the_cause_is_published_and_the_layer_knows_that_it_is_sorted() -> None:
+    layer = smooth_layer(4)
+    seen: list[str] = []
+    with subscribe(lambda motion: seen.append(motion.cause), model=layer):
+        layer.resample_(torch.tensor([0, 1, 1, 3]), cause="by hand")
+        assert seen == ["by hand"] * 2  # what moved, and the intervals
+        assert layer._sorted_at == layer.tau_axis.version()
+        rebirth.resample_(layer, torch.tensor([0, 1, 1, 3]))
+    assert seen[2:] == ["birth_death"] * 2
+
+
+def test_state_that_was_loaded_but_has_not_stepped_moves_when_its_optimizer_is_named() -> None:
+    layer = smooth_layer(4)
+    source = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.randn(8, 4, dtype=torch.float64)).square().sum().backward()
+    source.step()
+    resumed = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    resumed.load_state_dict(copy.deepcopy(source.state_dict()))
+    momenta = [resumed.state[b.weight]["momentum_buffer"].clone() for b in layer]
+    index = layer.resample_(torch.tensor([1, 1, 2, 3]), [resumed])
+    for place, j in enumerate(index.tolist()):
+        assert torch.equal(resumed.state[layer[place].weight]["momentum_buffer"], momenta[j])

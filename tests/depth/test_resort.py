@@ -5,12 +5,14 @@ import gc
 import threading
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.defaults import other_defaults
 from torch_meanfield import MeanFieldSequential, resort_, set_automatic_resort, subscribe
 
 
@@ -102,7 +104,7 @@ def test_the_automatism_can_be_switched_off_and_the_sort_done_by_hand():
     before, momentum = layer(x), optimizer.state[layer[0].weight]["momentum_buffer"].clone()
     assert layer.tau_axis.read().tolist() == [2.5, 2.0, 3.0, 4.0]
     assert layer.tau.tolist() == [2.0, 2.5, 3.0, 4.0]  # positions come ascending all the same
-    assert [m.index.tolist() for m in resort_(layer, optimizer)] == [[1, 0, 2, 3]]
+    assert [(m.index.tolist(), m.cause) for m in resort_(layer, optimizer)] == [([1, 0, 2, 3], "resort")]
     assert layer.tau_axis.read().tolist() == [2.0, 2.5, 3.0, 4.0]
     assert torch.equal(optimizer.state[layer[1].weight]["momentum_buffer"], momentum)
     torch.testing.assert_close(layer(x), before)
@@ -135,6 +137,12 @@ def test_tau_below_zero_is_projected_and_ties_are_stable():
     torch.optim.SGD(layer.parameters(), lr=1.0).step()
     assert layer.tau_axis.read().tolist() == [0.0, 0.0, 2.0, 3.0]
     assert all(torch.equal(layer[place].weight, weights[i]) for place, i in enumerate([0, 2, 1, 3]))
+    small = _layer(horizon=1.0)
+    weights = [b.weight.detach().clone() for b in small]
+    _push(small, [0.0, 0.5, 0.0, -2.0])  # 0.25, 1.0, 0.75, -1.0
+    torch.optim.SGD(small.parameters(), lr=1.0).step()
+    assert small.tau_axis.read().tolist() == [0.0, 0.25, 0.75, 1.0]
+    assert all(torch.equal(small[place].weight, weights[i]) for place, i in enumerate([3, 0, 2, 1]))
     tied = _layer()
     before = _state(tied)
     _push(tied, [1.0, 0.0, 0.0, 0.0])
@@ -143,17 +151,21 @@ def test_tau_below_zero_is_projected_and_ties_are_stable():
     assert torch.equal(tied[0].weight, before["0.weight"])
 
 
+@pytest.mark.parametrize("place", [2, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_tau_that_is_not_finite_re_sorts_nothing_and_warns_once(value):
+def test_a_tau_that_is_not_finite_re_sorts_nothing_and_warns_once(value, place):
     model = nn.ModuleDict({"trunk": _layer()})
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     weights = [b.weight.detach().clone() for b in model["trunk"]]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            _push(model["trunk"], [5.0, 0.0, value, 0.0])
+            by = [5.0 if place == 2 else 0.0, 0.0, 0.0, 0.0]
+            by[place] = value
+            _push(model["trunk"], by)
             optimizer.step()
     assert len(caught) == 1 and "'trunk'" in str(caught[0].message) and "not finite" in str(caught[0].message)
+    assert caught[0].category is RuntimeWarning
     assert all(torch.equal(b.weight, w) for b, w in zip(model["trunk"], weights, strict=True))
 
 
@@ -227,6 +239,12 @@ def test_while_the_order_holds_a_step_reads_one_flag_for_the_whole_model_and_the
     with _Reads() as reads:
         model(torch.ones(2, 3)).sum().backward()
     assert reads.count == 0
+    _push(model[1], [1.5, 0.0, 0.0, 0.0])
+    torch.optim.SGD(model[1].parameters(), lr=1.0).step()  # re-sorts
+    model[2].set_tau_([2.0, 1.0, 3.0, 4.0])
+    with _Reads() as reads:
+        model(torch.ones(2, 3)).sum().backward()
+    assert reads.count == 0
 
 
 def test_hooks_do_not_keep_layers_alive():
@@ -278,3 +296,38 @@ def test_bad_arguments_are_named():
         resort_(_layer(), ["sgd"])
     with pytest.raises(ValueError, match="set_automatic_resort: Linear"):
         set_automatic_resort(nn.Linear(2, 2), True)
+
+
+def test_defaults_of_torch_that_are_not_the_models_play_no_part():
+    layers = _layer(n=7, horizon=1.0), _layer(n=7, horizon=1.0)
+    motions, x = [], torch.randn(5, 3)
+    pushes = torch.randn(20, 7)
+    for layer, defaults in zip(layers, (other_defaults, nullcontext), strict=True):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        with subscribe(motions.append, model=layer):
+            for push in pushes:
+                optimizer.zero_grad()
+                with defaults():
+                    layer(x).square().mean().backward()
+                    layer.tau_axis.offset.grad += push
+                    optimizer.step()
+            with defaults():
+                layer.resample_(torch.tensor([0, 2, 2, 3, 4, 5, 6], device="cpu"), [optimizer])
+                layer.set_tau_([0.5, 0.1, 0.3, 0.4, 0.9, 0.8, 0.7])
+                assert layer.tau.device.type == "cpu" and layer.tau.dtype == torch.float32
+    assert len(motions) > 8 and _same(layers[0], _state(layers[1]))
+
+
+def test_loading_moves_no_optimizer_state_and_no_gradients():
+    """They belong to what was there, and are loaded, or not, by themselves."""
+    layer = _layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.randn(2, 3)).square().sum().backward()
+    optimizer.step()
+    kept = [(p.grad.clone(), optimizer.state[p]["momentum_buffer"].clone()) for p in layer.parameters()]
+    state = _state(layer)
+    state["tau_axis.offset"] = torch.tensor([2.5, 0.0, 0.0, 0.0])
+    layer.load_state_dict(state)
+    assert torch.equal(layer[0].weight, state["1.weight"])
+    for p, (grad, momentum) in zip(layer.parameters(), kept, strict=True):
+        assert torch.equal(p.grad, grad) and torch.equal(optimizer.state[p]["momentum_buffer"], momentum)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_meanfield import MeanFieldSequential, set_automatic_resort, subscribe
 
@@ -62,7 +63,8 @@ def test_random_positions_are_sorted_and_drawn_from_the_global_generator():
 
 def test_it_is_a_sequence_of_its_branches():
     layer = _layer(3)
-    assert len(layer) == 3 and list(layer) == [layer[0], layer[1], layer[2]] and layer[-1] is layer[2]
+    assert len(layer) == 3 and list(layer) == [layer[0], layer[1], layer[2]]
+    assert layer[-1] is layer[2] and layer[-3] is layer[0]
     assert [name for name, _ in layer.named_parameters() if "tau" in name] == ["tau_axis.offset"]
     assert sum(p.numel() for p in layer.parameters()) == 3 * (4 + 4 + 4 * 4 * 9 + 4) + 3
     with pytest.raises(IndexError, match="branch 3 is out of range for 3"):
@@ -190,6 +192,9 @@ def test_a_damaged_tau_is_refused_by_key_with_nothing_changed():
     state["0.tau_axis.offset"][2] = float("nan")
     with pytest.raises(ValueError, match=r"state_dict\['0.tau_axis.offset'\] is not finite"):
         model.load_state_dict(state)
+    state["0.tau_axis.offset"] = before["0.tau_axis.offset"].to_sparse()
+    with pytest.raises(ValueError, match=r"state_dict\['0.tau_axis.offset'\] is torch.sparse_coo"):
+        model.load_state_dict(state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -251,3 +256,92 @@ def test_positions_are_not_written_when_optimizer_state_could_not_follow():
     with pytest.raises(TypeError, match="LBFGS keeps"):
         layer.set_tau_([3.0, 2.0, 1.0])
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+class _Multiplications(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.addcmul)
+        return func(*args, **(kwargs or {}))
+
+
+def _multiplications(layer):
+    with _Multiplications() as seen:
+        layer(torch.randn(2, 3))
+    return seen.count
+
+
+def test_a_fixed_stack_of_unit_steps_multiplies_nothing_also_after_loading_one():
+    def layer(**kwargs):
+        return MeanFieldSequential(*(nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(3)), **kwargs)
+
+    fixed = layer(learn_tau=False)
+    assert _multiplications(fixed) == 0 and _multiplications(layer()) == 3
+    fixed.load_state_dict(layer(learn_tau=False).state_dict())
+    assert _multiplications(fixed) == 0
+    for placed in (layer(learn_tau=False, horizon=1.0), layer(learn_tau=False, tau_init="random")):
+        assert _multiplications(placed) == 3
+    fixed.load_state_dict(layer(learn_tau=False, horizon=1.0).state_dict())
+    assert _multiplications(fixed) == 3
+    resampled = layer(learn_tau=False)
+    resampled.resample_(torch.tensor([0, 0, 2]))
+    assert _multiplications(resampled) == 3
+
+
+class _Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        return super().forward(x)
+
+
+def test_branches_are_recomputed_in_training_with_gradients_and_only_there():
+    layer, x = MeanFieldSequential(*(_Counting(3, 3) for _ in range(2))), torch.randn(2, 3)
+    assert layer.grad_checkpointing is False
+
+    def calls():
+        _Counting.calls = 0
+        out = layer(x)
+        if out.requires_grad:
+            out.sum().backward()
+        return _Counting.calls
+
+    assert calls() == 2
+    layer.grad_checkpointing = True
+    assert calls() == 4
+    with torch.no_grad():
+        assert calls() == 2
+    layer.eval()
+    assert calls() == 2
+
+
+class _Reads(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_order_once_read_is_known_until_tau_changes():
+    layer, x = copy.deepcopy(_layer(3)).eval(), torch.randn(2, 4, 5, 5)  # a copy knows nothing of its order
+    seen = []
+    for change in (False, False, True, False):
+        if change:
+            with torch.no_grad():
+                layer.tau_axis.offset.add_(0.25)
+        with _Reads() as reads:
+            torch.testing.assert_close(layer(x), _by_argsort(layer, x))
+            seen.append(reads.count)  # those of the reference too, each time the same
+    assert [n > seen[1] for n in seen] == [True, False, True, False]
+
+
+def test_positions_below_zero_count_as_zero_even_where_they_are_in_order():
+    layer, x = _layer(3).eval(), torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        layer.tau_axis.offset.copy_(torch.tensor([-2.0, -2.5, 0.0]))
+    assert layer.tau.tolist() == [0.0, 0.0, 3.0] and layer.steps().tolist() == [0.0, 0.0, 3.0]
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), _by_argsort(layer, x))

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelChe
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
+from torch_meanfield import BirthDeathOptimizer, subscribe
 from torch_meanfield.lightning import ExactResume
 from torch_meanfield.lightning.plain_names import name_plainly_
 
@@ -392,6 +393,33 @@ def test_so_are_the_averages_of_a_compiled_module(tmp_path, averages_first):
         assert part and not any("_orig_mod" in name for name in part)
     Task().load_state_dict(saved["state_dict"])
     _same(fit(path, seed=99), whole)
+
+
+class Reborn(Task):
+    """Units of its hidden layer are replaced after every second step."""
+
+    def configure_optimizers(self):
+        first, last = self.net[0], self.net[3]
+        units = [(first.weight, 0), (first.bias, 0), (last.weight, 1)]
+        options = {"every": 2, "births": "clone", "threshold": 0.3, "batch_size": 4}
+        adam = torch.optim.Adam(self.parameters(), lr=0.1)
+        return BirthDeathOptimizer(adam, self.net, populations=[units], **options)
+
+
+def test_averages_follow_births_in_a_resumed_run_too(tmp_path):
+    def fit(path=None, **kwargs):
+        averages = [EMAWeightAveraging(decay=0.5), ExactResume()]
+        return _fit(tmp_path, path, task=Reborn(), exact=False, callbacks=averages, **kwargs)[1]
+
+    born = []
+    with subscribe(lambda motion: born.append(motion.cause)):
+        whole = fit()
+    assert born.count("birth_death") >= 3 and born.count("follow") >= 3
+    born.clear()
+    with subscribe(lambda motion: born.append(motion.cause)):
+        resumed = fit(tmp_path / "step=6.ckpt", seed=99)
+    assert "birth_death" in born
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
 
 
 def test_versions_of_compiled_modules_are_kept(tmp_path):

@@ -121,6 +121,7 @@ def test_a_plain_copy_is_a_model_of_its_own():
     before = {k: v.clone() for k, v in twin.state_dict().items()}
     model[1].set_tau_([0.9, 0.5, 0.75, 1.0])
     assert all(torch.equal(v, before[k]) for k, v in twin.state_dict().items())
+    assert "'1'" in copy.deepcopy(twin[1])._label()  # known by its name in the model, wherever it goes
 
 
 def test_a_resumed_average_keeps_the_places_of_its_model():
@@ -193,3 +194,31 @@ def test_follow_refuses_what_does_not_match():
         follow(model, model)
     with pytest.raises(TypeError, match="copy must be a torch.nn.Module, got dict"):
         follow(dict(model.state_dict()), model)
+    with pytest.raises(TypeError, match="follow: model must be a torch.nn.Module, got str"):
+        follow(model, "model")
+
+
+class _Renamed(nn.Module):
+    """Its layer has the right tensors at '1', but the module is listed under another name."""
+
+    def __init__(self, first, layer):
+        super().__init__()
+        self.add_module("layer", layer)
+        self.add_module("0", first)
+        self.add_module("1", layer)
+
+
+class _OtherKind(MeanFieldSequential):
+    pass
+
+
+def test_follow_refuses_a_copy_whose_layer_is_another_module():
+    model = _layer()
+    kind = copy.deepcopy(model)
+    kind[1].__class__ = _OtherKind
+    for average in (kind, _Renamed(*copy.deepcopy(model))):
+        with pytest.raises(ValueError, match="follow: copy has no MeanFieldSequential at '1'"):
+            follow(average, model)
+        before = {k: v.clone() for k, v in average.state_dict().items()}
+        model[1].set_tau_([0.9, 0.5, 0.75, 1.0])
+        assert all(torch.equal(v, before[k]) for k, v in average.state_dict().items())  # nothing was paired

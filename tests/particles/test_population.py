@@ -48,3 +48,16 @@ def test_within_finds_the_same_tensors_in_a_copy():
         population.within(nn.Sequential(nn.Linear(3, 4)))
     with pytest.raises(ValueError, match="without an owner"):
         Population(population.columns).within(twin)
+
+
+def test_within_keeps_the_layout_and_the_name():
+    model, twin = nn.Linear(2, 12), nn.Linear(2, 12)
+    found = Population([Slice(model.weight, 0, outer=2, inner=3)], owner=model, name="heads").within(twin)
+    (column,) = found.columns
+    assert (column.outer, column.inner, column.size, found.size, found.name) == (2, 3, 2, 2, "heads")
+
+
+def test_a_name_of_its_own_is_not_needed():
+    assert Population([Slice(torch.zeros(4))]).name == "population"
+    with pytest.raises(ValueError, match="^population: columns is empty"):
+        Population([])

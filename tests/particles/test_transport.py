@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
+from tests.defaults import other_defaults
 from tests.particles.networks import network, neurons
-from torch_meanfield import Population, Slice, Stack, transport_
-from torch_meanfield.particles.copying import move_slice_, pieces
+from torch_meanfield import Population, Slice, Stack, subscribe, transport_
+from torch_meanfield.particles import place_
+from torch_meanfield.particles.copying import PIECE, move_slice_, pieces
 
 
 @pytest.mark.parametrize("index", [[4, 3, 2, 1, 0], [0, 0, 0, 3, 3], [1, 2, 3, 4, 0], [2, 2, 2, 2, 2]])
@@ -120,3 +123,76 @@ def test_big_tensors_move_piece_by_piece_as_they_would_at_once(dim, permuted):
     move_slice_(Slice(other, dim), index, places)
     assert torch.equal(tensor, expected)
     assert torch.equal(other, expected)
+
+
+def test_defaults_of_torch_that_are_not_the_tensors_play_no_part():
+    index = [3, 0, 0, 2, 4]
+    for given in (index, torch.tensor(index)):
+        net, stack = network(), [torch.full((2,), float(i)) for i in range(5)]
+        before = net[0].weight.detach().clone()
+        with other_defaults():
+            transport_(neurons(net), given)
+            transport_(Population([Stack(stack)]), given)
+        assert torch.equal(net[0].weight, before[index]) and [int(t[0]) for t in stack] == index
+
+
+@pytest.mark.parametrize("shape, dim", [((4, 200_000, 3), 0), ((200_000, 4, 3), 1), ((3, 5, 200_000), 1)])
+def test_every_piece_is_small_and_together_they_are_the_tensor(shape, dim):
+    tensor = torch.zeros(shape)
+    parts = pieces(tensor, dim)
+    assert all(part.shape[dim] == shape[dim] and part.nbytes <= PIECE for part in parts)
+    assert len(parts) == -(-tensor.nbytes // PIECE)
+    for part in parts:
+        part.add_(1)
+    assert bool((tensor == 1).all())
+
+
+def test_entries_that_share_memory_cannot_be_moved_apart():
+    for expanded in (torch.zeros(1).expand(2), torch.zeros(3, 1).expand(3, 2), torch.zeros(1, 4).expand(5, 4)):
+        for column in (Slice(expanded), Stack([torch.zeros_like(expanded).contiguous(), expanded])):
+            with pytest.raises(ValueError, match=r"units: a tensor of shape \(.*\) is expanded.*\.contiguous\(\)"):
+                transport_(Population([column], name="units"), list(range(column.size))[::-1])
+    single = torch.arange(3.0).expand(1, 3)  # one row: nothing is shared
+    transport_(Population([Slice(single, 1)]), [2, 1, 0])
+    assert single.tolist() == [[2.0, 1.0, 0.0]]
+
+
+def test_values_alone_can_move():
+    """As after loading a checkpoint: gradients and state stay, whatever state that is."""
+    net = network()
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(torch.ones(4, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    before, grad = net[0].weight.detach().clone(), net[0].weight.grad.clone()
+    with pytest.raises(TypeError, match="hidden: LBFGS keeps"):
+        transport_(neurons(net), [1, 0, 2, 3, 4])
+    motion = transport_(neurons(net), [1, 0, 2, 3, 4], state=False)
+    assert torch.equal(net[0].weight, before[[1, 0, 2, 3, 4]]) and torch.equal(net[0].weight.grad, grad)
+    assert motion.cause == "transport" and motion.index.tolist() == [1, 0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("outer, inner", [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_newborn_particles_begin_anew_in_every_layout(outer, inner):
+    n, places = 4, torch.tensor([3, 0])
+    p = nn.Parameter(torch.zeros(3, outer * n * inner))
+    optimizer = torch.optim.AdamW([p], lr=0.1)
+    p.grad = torch.rand_like(p) + 1
+    optimizer.step()
+    motions = []
+    population = Population([Slice(p, 1, outer, inner)], name="units")
+    with subscribe(motions.append), other_defaults():
+        place_(population, places, {0: torch.full((3, outer, 2, inner), 7.0, device="cpu")}, optimizers=[optimizer])
+    for t, newborn in ((p, 7.0), (p.grad, 0.0), *((optimizer.state[p][k], 0.0) for k in ("exp_avg", "exp_avg_sq"))):
+        view = t.detach().unflatten(1, (outer, n, inner))
+        assert (view[:, :, [0, 3]] == newborn).all() and (view[:, :, [1, 2]] != newborn).all()
+    (motion,) = motions
+    assert (motion.cause, motion.index.tolist(), motion.born.tolist()) == ("birth", [0, 1, 2, 3], [3, 0])
+    assert list(motion.values) == [0] and motion.population is population
+    with pytest.raises(TypeError, match="units: column 0 is a Stack; newborn values go to a Slice"):
+        place_(Population([Stack([torch.zeros(2)] * 1)], name="units"), places[:1], {0: torch.zeros(1)})

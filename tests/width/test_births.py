@@ -243,3 +243,70 @@ def test_declared_units_need_no_module() -> None:
         (c * torch.tanh(y)).sum().sub(9).square().backward()
         optimizer.step()
     assert c.isfinite().all() and len(set(y.tolist())) < 20  # clones of useful units
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_split_is_the_literal_one(dtype: torch.dtype) -> None:
+    """Outgoing weights shared among a parent and its copies, and every move answered by the parent."""
+    torch.manual_seed(0)
+    n, jitter = 6, 0.1
+    index = torch.tensor([0, 4, 2, 4, 4, 0])  # 4 has two copies, 0 one
+    wide = torch.randn(2 * n, 3).to(dtype)  # two rows of every unit, one behind all others
+    deep = (3 * torch.randn(2, n)).to(dtype)
+    out = torch.randn(4, n).to(dtype)
+    columns = [Slice(t.clone(), d, outer=o) for t, d, o in ((wide, 0, 2), (deep, 1, 1), (out, 1, 1))]
+    with torch.no_grad():
+        split_(Neurons(columns, ("in", "in", "out")), index, jitter, torch.Generator().manual_seed(5))
+
+    generator = torch.Generator().manual_seed(5)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    for column, before in ((columns[0], wide), (columns[1], deep)):
+        view = column.by_particle(before)
+        noise = torch.empty(view.shape, dtype=exact).normal_(generator=generator)
+        noise = noise * before.to(exact).square().mean().sqrt() * jitter
+        expected = view.to(exact).clone()
+        for i, j in enumerate(index.tolist()):
+            if i != j:
+                at = column.dim + 1
+                expected.select(at, i).add_(noise.select(at, i))
+                expected.select(at, j).sub_(noise.select(at, i))
+        tight = {torch.float32: 1e-6, torch.float64: 1e-15, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(column.by_particle(column.tensor).to(exact), expected, rtol=tight, atol=tight)
+    brood = [2, 1, 1, 1, 3, 1]
+    shared = torch.stack([out[:, i] / brood[j] for i, j in enumerate(index.tolist())], 1)
+    torch.testing.assert_close(columns[2].tensor, shared)
+
+
+def test_a_parent_whose_place_was_taken_does_not_answer_for_its_copies() -> None:
+    index = torch.tensor([1, 0, 2])  # 0 and 1 change places: each is the other's copy, neither is there still
+    weight, out = torch.randn(3, 4), torch.randn(2, 3)
+    before, generator = weight.clone(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        split_(Neurons([Slice(weight), Slice(out, 1)], ("in", "out")), index, 0.1, generator)
+    noise = torch.empty(1, 3, 1, 4).normal_(generator=torch.Generator().manual_seed(0))[0, :, 0]
+    moved = noise * before.square().mean().sqrt() * 0.1
+    torch.testing.assert_close(weight[:2], (before + moved)[:2])
+    assert torch.equal(weight[2], before[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_has_no_law_is_born_as_zeros_and_an_initializer_sees_the_users_layout(dtype: torch.dtype) -> None:
+    seen: list[torch.Tensor] = []
+
+    def fill(rows: list[torch.Tensor], generator: torch.Generator) -> None:
+        seen.extend(rows)
+        for row in rows:
+            row.fill_(torch.rand((), generator=generator).item())
+
+    shapes = ((5, 2, 3), 0, 1), ((4, 5), 1, 1), ((4, 10), 1, 2), ((3, 5), 1, 1)
+    columns = [Slice(torch.randn(shape, dtype=dtype), d, inner=i) for shape, d, i in shapes]
+    population = Neurons(columns, ("in", "in", "in", "out"))
+    generator = torch.Generator().manual_seed(3)
+    values = draw(population, {}, 2, generator, fill)
+    # particles along the column's own dimension, but for columns of several entries for each
+    assert [tuple(t.shape) for t in seen] == [(2, 2, 3), (4, 2), (4, 1, 2, 2)]
+    again = torch.Generator().manual_seed(3)
+    for i in range(3):
+        assert (values[i] == torch.rand((), generator=again).item()).all() and values[i].any()
+    assert values[3].shape == (3, 1, 2, 1) and not values[3].any()
+    assert all(v.dtype == dtype for v in values.values())

@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from torch_meanfield import BirthDeathOptimizer, MeanFieldResNet, MeanFieldSequential, conversion_report, convert
+from torch_meanfield import (
+    BirthDeathOptimizer,
+    MeanFieldResNet,
+    MeanFieldSequential,
+    conversion_report,
+    convert,
+    subscribe,
+)
 from torch_meanfield.convert.examples import residual_network
 from torch_meanfield.width import Event, Neurons
-from torch_meanfield.width.blocks import Blocks
+from torch_meanfield.width.blocks import Blocks, blocks_of
 
 N = 6
 
@@ -143,6 +150,8 @@ def test_what_is_no_population_is_refused() -> None:
     inner = torch.optim.SGD(layer.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="Linear is no layer whose blocks can die"):
         BirthDeathOptimizer(inner, layer, populations=[layer[0][0]])
+    with pytest.raises(ValueError, match="a population of 1 block has nothing to exchange"):
+        BirthDeathOptimizer(inner, layer, populations=MeanFieldSequential(branch()))
     with pytest.raises(ValueError, match="same layer twice"):
         BirthDeathOptimizer(inner, layer, populations=[layer, layer])
     fixed = MeanFieldSequential(branch(), branch(), learn_tau=False)
@@ -169,3 +178,24 @@ def test_stages_of_a_converted_model_are_populations_too() -> None:
         optimizer.step()
     assert events and events[0].index.tolist() == sorted(events[0].index.tolist())
     assert stage.module.tau[-1].item() == pytest.approx(horizon, abs=1e-4) and (stage.module.steps() > 0).all()
+
+
+def test_two_blocks_are_a_population_and_one_is_none() -> None:
+    model = nn.Sequential(MeanFieldSequential(branch()), MeanFieldSequential(branch(), branch()), branch())
+    fixed = MeanFieldSequential(branch(), branch(), learn_tau=False)
+    elsewhere = net().to("meta")
+    found = blocks_of(nn.Sequential(model, fixed, elsewhere, MeanFieldSequential(branch(), branch(), branch())))
+    assert [(b.name, b.size) for b in found] == [("0.1 (blocks)", 2), ("3 (blocks)", 3)]
+    assert [b.name for b in blocks_of(net())] == ["MeanFieldSequential (blocks)"]
+    assert repr(found[0]) == "Blocks(0.1 (blocks), 2)"
+
+
+def test_motions_of_blocks_tell_that_they_were_birth_and_death() -> None:
+    layer = net()
+    optimizer = BirthDeathOptimizer(
+        torch.optim.SGD(layer.parameters(), lr=1e-6), layer, populations=layer, scheme="exact", rate=1e9, every=2
+    )
+    causes: list[str] = []
+    with subscribe(lambda motion: causes.append(motion.cause), model=layer):
+        train(layer, optimizer, 4)
+    assert causes and set(causes) == {"birth_death"}

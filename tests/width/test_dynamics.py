@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.defaults import other_defaults
 from tests.width.optimizers import Net, backward, same, train, weights, wrap
 from tests.width.test_rates import literal_event
-from torch_meanfield.width import BirthDeathOptimizer, Event
+from torch_meanfield import MeanFieldSequential, subscribe
+from torch_meanfield.width import BirthDeathOptimizer, Event, rates
+from torch_meanfield.width.blocks import Blocks
 
 
 def plain_reference(
@@ -181,6 +185,25 @@ def test_lightning_drives_it_as_any_optimizer(tmp_path: Path) -> None:
         assert further.optimizers[0].clock == 32
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"scheme": "exact", "rate": 50.0}, {"births": "reinject", "reinject": 0.1}, {"births": "split"}],
+    ids=["exact", "reinject", "split"],
+)
+def test_defaults_of_torch_that_are_not_the_models_play_no_part(options: dict[str, Any]) -> None:
+    models = Net(), Net()
+    events: list[Event] = []
+    for model, defaults in zip(models, (nullcontext, other_defaults), strict=True):
+        optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), threshold=0.1, **options)
+        optimizer.register_event_hook(events.append)
+        for step in range(40):
+            optimizer.zero_grad()
+            backward(model, step)
+            with defaults():
+                optimizer.step()
+    assert len(events) >= 4 and same(weights(models[0]), weights(models[1]))
+
+
 def test_nothing_is_read_from_the_device_between_events() -> None:
     """On the CPU a read is an ``item``: none may be made on an ordinary step, one on a step with an event."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,3 +225,127 @@ def test_nothing_is_read_from_the_device_between_events() -> None:
         with Reads() as reads:
             optimizer.step()
         assert reads.count == 0
+
+
+def test_without_a_batch_size_harm_is_left_alone_and_said_once() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.001), threshold=0.0, batch_size=None)
+    dead = {i for i in range(24) if not (model.first(torch.rand(1000, 6))[:, i] > 0).any()}
+    optimizer._dynamics.batch.size = lambda: None  # type: ignore[union-attr, method-assign]
+    events: list[Event] = []
+    optimizer.register_event_hook(events.append)
+    with pytest.warns(RuntimeWarning, match="does not know how many samples") as caught:
+        train(model, optimizer, range(40))
+    assert len(caught) == 1
+    assert {0, 1, 2, 3} <= set(events[0].born.tolist()) <= dead
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"rate": 0.0, "reinject": 0.1}, {"scheme": "exact"}):
+            model = Net()
+            quiet = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05), **options)  # type: ignore[arg-type]
+            quiet._dynamics.batch.size = lambda: None  # type: ignore[union-attr, method-assign]
+            train(model, quiet, range(20))
+
+
+def test_one_kind_of_randomness_for_each_share() -> None:
+    """With rate 0 only reinjection acts, at its share, on neurons of every layer; the function stays."""
+    model = Net(units=200)
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=1e-9), rate=0.0, reinject=0.25, every=5)
+    events: list[Event] = []
+    optimizer.register_event_hook(events.append)
+    train(model, optimizer, range(20))
+    assert [e.step for e in events] == [5, 10, 15, 20]
+    assert all(25 < len(e.born) < 75 and torch.equal(e.index, torch.arange(200)) for e in events)
+    assert not torch.equal(events[0].born, events[1].born[: len(events[0].born)])
+    assert not model.last.weight[:, events[-1].born].any()
+
+
+def test_blocks_move_after_the_neurons_inside_them() -> None:
+    torch.manual_seed(0)
+    layer = MeanFieldSequential(*(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(6)))
+    declared: list[Any] = [layer, *([(b[0].weight, 0), (b[0].bias, 0), (b[2].weight, 1)] for b in layer)]
+    optimizer = BirthDeathOptimizer(
+        torch.optim.SGD(layer.parameters(), lr=1e-6), layer, populations=declared, scheme="exact", rate=1e9, every=3
+    )
+    events: list[Event] = []
+    optimizer.register_event_hook(events.append)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        (layer(x) - x.flip(1)).square().mean().backward()
+        optimizer.step()
+    kinds = [type(e.population) is Blocks for e in events]
+    assert any(kinds) and not all(kinds) and kinds == sorted(kinds)
+    assert all(e.born.numel() == 0 and e.step == 3 for e in events)
+
+
+def test_time_begins_anew_after_each_event() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.5), scheme="exact", rate=1e-9, every=4)
+    train(model, optimizer, range(3))
+    dynamics = optimizer._dynamics
+    assert dynamics is not None and dynamics.elapsed == [1.5]
+    train(model, optimizer, range(3, 5))
+    assert dynamics.elapsed == [0.5]
+
+
+def test_a_unit_that_was_not_watched_yet_stands_where_the_others_are_on_average() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.5), scheme="exact", rate=3.0, window=4.0, every=99)
+    train(model, optimizer, range(6))
+    dynamics = optimizer._dynamics
+    assert dynamics is not None
+    averages = dynamics.averages[0]
+    averages.forget_(0, torch.tensor([2, 7, 11]))
+    mean = averages.mean(0).clone()
+    mature = averages.mature(0)
+    assert mature.tolist() == [i not in (2, 7, 11) for i in range(24)]
+    mean[[2, 7, 11]] = mean[mature].mean()
+    state = dynamics.generator.get_state()
+    turnover = dynamics._decide(0, None)
+    dynamics.generator.set_state(state)
+    draws = torch.rand((4, 24), generator=dynamics.generator)
+    expected = rates.exact(mean, 3.0 * 6 * 0.5, draws)
+    assert torch.equal(turnover.index, expected.index) and turnover.counts()[0] > 0
+    averages.forget_(0, torch.arange(24))  # nobody was: all are alike
+    assert dynamics._decide(0, None).counts().tolist() == [0, 0, 0]
+
+
+def test_under_the_exact_scheme_the_dead_can_be_drawn_anew() -> None:
+    model = Net()
+    inner = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = wrap(model, inner, scheme="exact", rate=200.0, births="reinject", every=5)
+    events: list[Event] = []
+    optimizer.register_event_hook(events.append)
+    train(model, optimizer, range(5))
+    (event,) = events
+    assert len(event.born) and torch.equal(event.index, torch.arange(24))
+    assert event.population is optimizer.populations[0] and event.step == 5
+
+
+@pytest.mark.parametrize("births", ["reinject", "split", "clone"])
+def test_motions_tell_that_they_were_birth_and_death(births: Any) -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05), births=births, threshold=0.1, reinject=0.1)
+    causes: list[str] = []
+    with subscribe(lambda motion: causes.append(motion.cause), model=model):
+        train(model, optimizer, range(40))
+    assert len(causes) >= 4 and set(causes) == {"birth_death"}
+
+
+def test_a_split_shares_the_mass_and_a_clone_repeats_it() -> None:
+    for births in ("split", "clone"):
+        model = Net()
+        inner = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = wrap(model, inner, births=births, threshold=0.1, every=20)
+        before: list[Tensor] = []
+        inner.register_step_post_hook(lambda *_, w=before, m=model: w.append(m.last.weight.detach().clone()))
+        events: list[Event] = []
+        optimizer.register_event_hook(events.append)
+        train(model, optimizer, range(20))
+        (event,) = events
+        for i, j in enumerate(event.index.tolist()):
+            brood = int((event.index == j).sum()) if births == "split" else 1
+            torch.testing.assert_close(model.last.weight[:, i], before[-1][:, j] / brood)
+            alike = torch.equal(model.first.weight[i], model.first.weight[j])
+            assert alike == (births == "clone" or i == j)

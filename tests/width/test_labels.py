@@ -76,9 +76,7 @@ def test_unpacked_gate_with_norm() -> None:
 def test_packed_gate() -> None:
     net = Fn(lambda m, x: m.b(F.glu(m.a(x))), a=nn.Linear(3, 16), b=nn.Linear(8, 2))
     halves = Fn(lambda m, x: m.b(torch.mul(*m.a(x).chunk(2, -1))), a=nn.Linear(3, 16), b=nn.Linear(8, 2))
-    expected = {
-        "a.weight": (8, {("a.weight", 0, 2, 1, "in"), ("a.bias", 0, 2, 1, "in"), ("b.weight", 1, 1, 1, "out")})
-    }
+    expected = {"a.weight": (8, {("a.weight", 0, 2, 1, "in"), ("a.bias", 0, 2, 1, "in"), ("b.weight", 1, 1, 1, "out")})}
     assert columns_of(net, torch.randn(1, 3)) == expected
     assert columns_of(halves, torch.randn(1, 3)) == expected
 
@@ -339,3 +337,68 @@ def test_templates_are_only_proposals() -> None:
     )  # each unit has a place of its own
     report = find_populations(net, torch.randn(1, 3))
     assert not report.populations and "changes the output" in str(report)
+
+
+def _overwritten(h: Tensor) -> Tensor:
+    out = h.clone()
+    out[:] = h.square()
+    return out
+
+
+def _halves(h: Tensor) -> Tensor:
+    out = h.clone()
+    out[:, :4] = h[:, 4:].tanh()
+    return out
+
+
+# The function between the eight units of ``a`` and what reads them; the columns that read them, and how many they are.
+FORMS: dict[str, tuple[Callable[..., Tensor], tuple[str, int, int, int, str], int]] = {
+    "einsum": (lambda m, h: torch.einsum("bj,kj->bk", h, m.w), ("w", 1, 1, 1, "out"), 8),
+    "einsum of a list": (lambda m, h: torch.einsum("bj, kj -> bk", [h, m.w]), ("w", 1, 1, 1, "out"), 8),
+    "addmm": (lambda m, h: torch.addmm(m.v, h, m.t), ("t", 0, 1, 1, "out"), 8),
+    "addmm of what is theirs": (lambda m, h: m.b(torch.addmm(h, h, m.s, beta=0.0)), ("b.weight", 1, 1, 1, "out"), 8),
+    "stack": (lambda m, h: m.b(torch.stack([h, h.square()], 1).sum(1)), ("b.weight", 1, 1, 1, "out"), 8),
+    "stack behind": (lambda m, h: m.b(torch.stack([h, h.tanh()], -1).mean(-1)), ("b.weight", 1, 1, 1, "out"), 8),
+    "maximum of two": (lambda m, h: m.b(torch.max(h, 0.1 * h)), ("b.weight", 1, 1, 1, "out"), 8),
+    "written in place": (lambda m, h: m.b(_overwritten(h)), ("b.weight", 1, 1, 1, "out"), 8),
+    "one half over the other": (lambda m, h: m.b(_halves(h)), ("b.weight", 1, 2, 1, "out"), 4),
+}
+UNKNOWN: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "constant padding": (lambda m, h: m.c(F.pad(h, (2, 0), value=1.0)), "holds channels that no layer makes"),
+    "an einsum of three": (lambda m, h: torch.einsum("bj,kj,k->bk", h, m.w, m.v), "meets einsum"),
+    "a diagonal": (lambda m, h: torch.einsum("jj,kj->k", h @ m.r, m.r), "meets einsum"),
+    "a new tensor": (lambda m, h: m.b(h.new_zeros(1) + h), "meets new_zeros"),
+}
+
+
+def _between(form: Callable[..., Tensor]) -> Fn:
+    torch.manual_seed(0)
+    return Fn(
+        lambda m, x: form(m, m.a(x)), a=nn.Linear(3, 8), b=nn.Linear(8, 2), c=nn.Linear(10, 2),
+        w=nn.Parameter(torch.randn(2, 8)), t=nn.Parameter(torch.randn(8, 2)), v=nn.Parameter(torch.randn(2)),
+        s=nn.Parameter(torch.randn(8, 8)), r=nn.Parameter(torch.randn(8, 4)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_units_are_found_through_the_functions_that_models_are_written_with(name: str) -> None:
+    form, reader, size = FORMS[name]
+    (found,) = columns_of(_between(form), torch.randn(4, 3)).values()
+    outer = 8 // size
+    own = {("a.weight", 0, outer, 1, "in"), ("a.bias", 0, outer, 1, "in")}
+    between = {("s", 0, 1, 1, "out"), ("s", 1, 1, 1, "in")} if "theirs" in name else set()
+    assert found == (size, own | between | {reader})
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_functions_that_cannot_be_followed_are_named(name: str) -> None:
+    form, reason = UNKNOWN[name]
+    report = find_populations(_between(form), torch.randn(4, 3))
+    assert not report.populations and f"refused a.weight: {reason}" in str(report)
+
+
+def test_a_grouped_transposed_convolution_keeps_its_channels() -> None:
+    grouped = nn.ConvTranspose2d(8, 8, 2, groups=2)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), grouped, nn.ReLU(), nn.Conv2d(8, 2, 1))
+    report = find_populations(net, torch.randn(1, 3, 4, 4))
+    assert not report.populations and "0.weight: meets a grouped transposed convolution" in str(report)

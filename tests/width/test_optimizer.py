@@ -282,3 +282,163 @@ def test_resting_is_the_wrapped_optimizer() -> None:
     train(bare, torch.optim.SGD(bare.parameters(), lr=0.1), range(30))
     train(wrapped, optimizer, range(30))
     assert same(weights(bare), weights(wrapped)) and isinstance(optimizer, BirthDeathOptimizer)
+
+
+def test_hooks_of_state_dicts_see_and_may_replace_them() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    train(model, optimizer, range(3))
+    seen: list[Any] = []
+    handles = [
+        optimizer.register_state_dict_pre_hook(seen.append),
+        optimizer.register_state_dict_post_hook(lambda o, d: {**d, "noted": sorted(d)}),
+        optimizer.register_load_state_dict_pre_hook(
+            lambda o, d: {**d, "birth_death": {**d["birth_death"], "clock": 9}}
+        ),
+        optimizer.register_load_state_dict_post_hook(seen.append),
+    ]
+    state = optimizer.state_dict()
+    assert state["noted"] == ["birth_death", "param_groups", "state"]
+    optimizer.load_state_dict(state)
+    assert optimizer.clock == 9 and state["birth_death"]["clock"] == 3  # what was given is not written to
+    assert seen == [optimizer, optimizer] and "noted" in state
+    for handle in handles:
+        handle.remove()
+    with pytest.raises(ValueError, match="state_dict must be a dict, got list"):
+        optimizer.load_state_dict([])  # type: ignore[arg-type]
+
+
+def test_a_bare_state_begins_time_and_averages_anew() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), scheme="exact", rate=0.1)
+    train(model, optimizer, range(5))
+    dynamics = optimizer._dynamics
+    assert dynamics is not None and dynamics.elapsed[0] > 0 and dynamics.averages[0].table.any()
+    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    assert optimizer.clock == 0 and dynamics.elapsed == [0.0] and not dynamics.averages[0].table.any()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_has_no_hooks_and_a_generator_of_its_own(way: Any) -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)  # patches step, and notes its calls
+    train(model, optimizer, range(3))
+    optimizer.register_event_hook(lambda event: pytest.fail("another's callback"))  # cannot be pickled
+    optimizer.register_step_post_hook(lambda *_: pytest.fail("another's hook")).remove()
+    twin, its = way((model, optimizer))
+    assert not its._callbacks and its._generator is not optimizer._generator and its.clock == 3
+    assert its.step.__self__ is its and "_opt_called" not in its.__dict__
+    assert its._dynamics.generator is its._generator
+    before = weights(model)
+    train(twin, its, range(3, 12))
+    assert same(before, weights(model)) and optimizer.clock == 3 and its.clock == 12
+    optimizer.register_step_post_hook(lambda *_: None)  # with hooks, too
+    assert not way(optimizer)._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_made_before_the_populations_are_known_finds_its_own(way: Any) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    optimizer = BirthDeathOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, every=10)
+    twin, its = way((model, optimizer))
+    train(twin, its, range(2))
+    assert [p.size for p in its.populations] == [16] and optimizer.populations == []
+    assert its.populations[0].incoming[0].tensor is twin[0].weight
+    at_rest = BirthDeathOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, rate=0.0)
+    still, bare = way((model, at_rest))
+    train(still, bare, range(2))
+    assert bare.populations == []
+
+
+def test_it_shows_what_it_wraps() -> None:
+    model = Net()
+    shown = repr(wrap(model, torch.optim.SGD(model.parameters(), lr=0.125)))
+    assert shown.startswith("BirthDeathOptimizer(1 populations, Settings(rate=0.1, every=10")
+    assert "around SGD (" in shown and "lr: 0.125" in shown
+
+
+def test_learning_rates_that_are_tensors() -> None:
+    for rates, steps in (((0.0, 0.0), 0), ((0.1, 0.1), 2), ((0.0, 0.1), 2)):
+        model = Net()
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(model.parameters(), rates, strict=True)]
+        optimizer = wrap(model, torch.optim.SGD(groups, lr=1.0))
+        train(model, optimizer, range(2))
+        assert optimizer.clock == steps
+    for rate, steps in ((0.0, 0), (0.1, 2)):
+        model = Net()
+        optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=torch.tensor(rate)))
+        train(model, optimizer, range(2))
+        assert optimizer.clock == steps
+
+
+def test_window_and_births_follow_the_scheme_unless_they_are_given() -> None:
+    def settings(**kwargs: Any) -> Any:
+        model = Net()
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        return BirthDeathOptimizer(inner, model, populations=model.slices(), **kwargs).settings
+
+    default = settings()
+    assert (default.rate, default.every, default.births, default.scheme) == (0.1, 200, "reinject", "standing_out")
+    assert (default.window, default.threshold, default.reinject, default.steep) == (100, 3.0, 0.0, True)
+    assert (default.mass, default.candidates, default.batch_size) == (2.0, 1024, None)
+    assert settings(every=1).window == 1 and settings(every=31).window == 15.5 and settings(window=7).window == 7
+    exact = settings(scheme="exact")
+    assert (exact.window, exact.births) == (1, "clone")
+    assert settings(scheme="exact", births="split").births == "split" and settings(steep=0).steep is False
+
+
+class Scaled(torch.optim.SGD):
+    """Its step takes an argument of its own, and its groups have no learning rate."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        for group in self.param_groups:
+            group["speed"] = group.pop("lr")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, *, by: float = 0.0) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(by * group["speed"] * p.grad)
+        return loss
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_closures_and_arguments_are_passed_on_at_work_and_at_rest(enabled: bool) -> None:
+    results = []
+    for wrapped in (True, False):
+        model = Net()
+        inner = Scaled(model.parameters())
+        optimizer: Any = wrap(model, inner, every=1000) if wrapped else inner
+        if wrapped:
+            optimizer.enabled = enabled
+        losses = []
+        for step in range(3):
+
+            def closure(step: int = step, optimizer: Any = optimizer, model: Net = model) -> torch.Tensor:
+                optimizer.zero_grad()
+                return backward(model, step)
+
+            losses.append(optimizer.step(closure, by=0.5))
+            backward(model, step)
+            assert optimizer.step(by=0.25) is None
+        if wrapped:
+            assert optimizer.clock == (6 if enabled else 0)
+        results.append([*weights(model), *(loss.detach() for loss in losses)])
+    assert same(*results)
+
+
+def test_gradients_are_dropped_or_zeroed_as_torch_does_it() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    backward(model, 0)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())

@@ -20,7 +20,7 @@ def literal_event(potential: list[float], rate_dt: float, draws: torch.Tensor) -
     kept = pool[:n]
     extra = [kept_source for _, kept_source, survivor in kept if not survivor]
     for place in range(len(kept), n):
-        extra.append(pool[int(draws[3, place] * len(pool))][1])
+        extra.append(pool[min(int(draws[3, place] * len(pool)), len(pool) - 1)][1])  # a product may round up
     places: list[int | None] = [None] * n
     for _, i, survivor in kept:
         if survivor:
@@ -134,3 +134,52 @@ def test_reinjection_takes_its_share_at_random() -> None:
     turnover = rates.add_reinjection(still, 0.1, torch.rand(n, generator=g))
     assert abs(turnover.born.float().mean() - 0.1) < 0.01
     assert torch.equal(turnover.index, torch.arange(n)) and not turnover.harmful.any()
+
+
+def test_draws_at_the_ends_of_their_range() -> None:
+    potential = torch.tensor([3.0, -1.0, -2.0, 0.0, 0.0], dtype=torch.float64)
+    draws = torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draws[0] = torch.tensor([0.0, 0.999, 0.999, 0.0, 0.0])  # the first dies, nobody is cloned
+    for last in (0.0, 1.0):  # 1: what a draw just below it may be rounded to
+        draws[3] = last
+        index = rates.exact(potential, 1.0, draws).index.tolist()
+        assert index == literal_event(potential.tolist(), 1.0, draws)
+        assert index[1:] == [1, 2, 3, 4] and index[0] != 0
+    draws[:] = 0.0  # less than every probability but 0
+    assert rates.exact(potential, 0.0, draws).counts().tolist() == [0, 0, 0]
+    assert rates.add_reinjection(rates.exact(potential, 0.0, draws), 0.0, draws[0]).counts().tolist() == [0, 0, 0]
+    good, nobody = torch.tensor([False, True, False, True, False]), torch.zeros(5, dtype=torch.bool)
+    assert rates.from_parents(~good, nobody, good, torch.ones(5)).index.tolist() == [3, 1, 3, 3, 3]
+
+
+def test_one_good_unit_is_parent_enough() -> None:
+    good = torch.tensor([False, False, True])
+    turnover = rates.from_parents(
+        torch.tensor([True, False, False]), torch.tensor([False, True, False]), good, torch.rand(3)
+    )
+    assert turnover.index.tolist() == [2, 2, 2] and not turnover.born.any() and not turnover.harmful.any()
+
+
+def test_harmful_units_stay_harmful_beside_those_that_are_reinjected() -> None:
+    harmful, dead = torch.tensor([True, True, False, False]), torch.tensor([False, False, True, False])
+    draws = torch.tensor([0.9, 0.1, 0.9, 0.1])
+    turnover = rates.add_reinjection(rates.reborn(harmful, dead), 0.5, draws)
+    assert turnover.harmful.tolist() == [True, False, False, False]  # the second is drawn anew without a function
+    assert turnover.born.tolist() == [True, True, True, True]
+    cloned = rates.from_parents(harmful, dead, torch.tensor([False, False, False, True]), torch.rand(4))
+    turnover = rates.add_reinjection(cloned, 0.5, draws)
+    assert turnover.index.tolist() == [3, 1, 3, 3] and turnover.born.tolist() == [False, True, False, True]
+
+
+def test_what_only_just_stands_out_does_not() -> None:
+    yes = torch.ones(4, dtype=torch.bool)
+    mean, coherence = torch.ones(4), torch.tensor([0.25, 0.26, 0.9, 0.9])
+    removal = torch.tensor([-1.0, -1.0, 0.0, 0.5])
+    harmful, dead = rates.standing_out(mean, coherence, yes, torch.zeros(4), removal, 1.0, 0.25, 10)
+    assert harmful.tolist() == [False, True, False, False] and not dead.any()
+
+
+def test_ties_fill_what_the_more_harmful_leave() -> None:
+    yes, mean = torch.ones(6, dtype=torch.bool), torch.tensor([1.0, 3.0, 1.0, 1.0, 2.0, 1.0])
+    harmful, _ = rates.standing_out(mean, torch.ones(6), yes, torch.zeros(6), -torch.ones(6), 0.5, 0.25, 10)
+    assert harmful.nonzero().flatten().tolist() == [0, 1, 4]

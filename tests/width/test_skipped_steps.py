@@ -118,3 +118,20 @@ def test_clipping_sees_the_parameters() -> None:
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1e-6)
     optimizer.step()
     assert float(optimizer._dynamics.averages[0].table[1].sum()) < 1e-5  # type: ignore[union-attr]
+
+
+def test_an_overflow_at_the_first_step_leaves_a_fused_optimizer_without_state() -> None:
+    """Its step would make momentum out of unwritten memory."""
+    model = Net()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    optimizer, before = wrap(model, inner), weights(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step, overflow in enumerate((True, False)):
+        optimizer.zero_grad()
+        scaler.scale((model(torch.rand(8, 6)) - 1).square().mean()).backward()
+        if overflow:
+            model.last.weight.grad[0, 0] = torch.inf  # type: ignore[index]
+        scaler.step(optimizer)
+        scaler.update()
+        assert optimizer.clock == step and bool(inner.state) is not overflow
+        assert same(weights(model), before) is overflow

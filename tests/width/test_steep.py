@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_meanfield.particles import Slice
-from torch_meanfield.width import BirthDeathOptimizer, Neurons
+from torch_meanfield.width import BirthDeathOptimizer, Neurons, births
 from torch_meanfield.width.activations import KNOWN, recognise
+from torch_meanfield.width.births import steep_values
 from torch_meanfield.width.capture import Recorder, site_of
+from torch_meanfield.width.laws import Law, laws_of
+from torch_meanfield.width.newborns import draw
+from torch_meanfield.width.settings import Settings
 from torch_meanfield.width.steep import landscape, place
 
 
@@ -257,3 +261,105 @@ def test_units_that_coincide_or_reach_nothing_are_no_harm() -> None:
     before = land.g.norm()
     land.flatten_(torch.ones(3, 5), torch.zeros(3))  # are one
     assert land.g.isfinite().all() and land.g.norm() <= before
+
+
+def settings(candidates: int, mass: float = 2.0) -> Settings:
+    return Settings(0.1, 10, "reinject", "standing_out", 0.0, True, mass, candidates, 5.0, 3.0, None)
+
+
+class Spy(Law):
+    """A law that notes how much is drawn from it."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 1.0, uniform=False)
+        object.__setattr__(self, "drawn", [])
+
+    def draw(self, shape: Any, like: Tensor, generator: torch.Generator) -> Tensor:
+        self.drawn.append(shape[0])  # type: ignore[attr-defined]
+        return super().draw(shape, like, generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MODELS)
+def test_births_are_written_as_they_were_placed(name: str, dtype: torch.dtype) -> None:
+    """Column by column, against what the draws and the placement say."""
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    model: Any = make().to(dtype)
+    recorder = recorded(model, torch.randn(*shape, dtype=dtype))
+    population, born, harmful, mass = model.population(), 3, 2, 1.5
+    laws = laws_of(population, model)
+    values = draw(population, laws, born, torch.Generator().manual_seed(0), None)
+    expected = {i: v.clone() for i, v in values.items()}
+    steep_values(population, recorder, laws, values, harmful, settings(32, mass), torch.Generator().manual_seed(1))
+
+    land, generator = landscape(recorder), torch.Generator().manual_seed(1)
+    assert land is not None
+    at = {id(c.tensor): i for i, c in enumerate(population.slices(population.columns))}
+    first, out, bias = at[id(model.first.weight)], at[id(model.last.weight)], at.get(id(model.first.bias))
+    weights = laws[first].draw((32, *model.first.weight.shape[1:]), model.first.weight.detach(), generator)
+    biases = None if bias is None else laws[bias].draw((32,), model.first.weight.detach(), generator)
+    placed = place(land, weights, biases, born)
+    expected[first][0, :, 0] = placed.weight
+    if bias is not None:
+        assert placed.bias is not None
+        expected[bias][0, :, 0] = placed.bias
+    norm = getattr(model, "norm", None)
+    if isinstance(norm, nn.BatchNorm2d):
+        mean, variance = land.statistics(placed.weight, placed.bias)
+        expected[at[id(norm.running_mean)]][0, :, 0], expected[at[id(norm.running_var)]][0, :, 0] = mean, variance
+    else:
+        median = model.last.weight.detach().transpose(0, 1).flatten(1).norm(dim=1).median()
+        for j in range(harmful):
+            slope = placed.slope[:, j]
+            expected[out][:, 0, j, 0] = -slope * mass * median * placed.agreement[j] / slope.norm()
+    assert values.keys() == expected.keys()
+    for i, value in values.items():
+        torch.testing.assert_close(value, expected[i])
+    assert values[out].any() == (not isinstance(norm, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "budget", "tried"),
+    # 12 rows times 5 inputs and 3 outputs: 96 multiplications for each candidate
+    [(40, 1 << 28, 40), (1000, 96 * 100, 100), (1000, 96 * 101 - 1, 100), (1000, 96 * 10, 64), (30, 96 * 10, 30)],
+)
+def test_an_event_tries_as_many_as_its_budget_allows(
+    candidates: int, budget: int, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(births, "BUDGET", budget)
+    model = Mlp(F.relu)
+    population, recorder = model.population(), recorded(model, torch.randn(12, 5))
+    laws: dict[int, Law] = {0: Spy(), 1: Spy()}
+    values = draw(population, {}, 2, torch.Generator(), None)
+    steep_values(population, recorder, laws, values, 0, settings(candidates), torch.Generator())
+    assert [law.drawn for law in laws.values()] == [[tried], [tried]]  # type: ignore[attr-defined]
+    assert values[0].any() and values[1].any() and not values[2].any()  # nobody was harmful: no mass
+
+
+@pytest.mark.parametrize(("candidates", "placed"), [(1, 1), (4, 1), (11, 2), (12, 3), (400, 5)])
+def test_of_few_candidates_a_quarter_is_placed(candidates: int, placed: int) -> None:
+    torch.manual_seed(0)
+    model = Mlp(F.relu)
+    population, recorder = model.population(), recorded(model, torch.randn(12, 5))
+    values = draw(population, {}, 5, torch.Generator(), None)
+    steep_values(population, recorder, {0: Spy(), 1: Spy()}, values, 5, settings(candidates), torch.Generator())
+    for i in (0, 1):
+        assert values[i].flatten(2)[0].abs().sum(1).gt(0).tolist() == [j < placed for j in range(5)]
+    assert values[2][:, 0].abs().sum((0, 2)).gt(0).tolist() == [j < placed for j in range(5)]
+
+
+def test_where_nothing_was_recorded_values_stay_as_drawn_and_without_mass_births_weigh_nothing() -> None:
+    torch.manual_seed(0)
+    model = Mlp(F.relu)
+    population, recorder = model.population(), recorded(model, torch.randn(12, 5))
+    laws = laws_of(population, model)
+    values = draw(population, laws, 2, torch.Generator().manual_seed(0), None)
+    steep_values(population, recorder, laws, values, 2, settings(32, mass=0.0), torch.Generator())
+    assert not values[2].any()
+    site = site_of(population, model)
+    assert site is not None
+    before = {i: v.clone() for i, v in values.items()}
+    steep_values(population, Recorder(site, 10, 1), laws, values, 2, settings(32), torch.Generator())
+    assert all(torch.equal(v, before[i]) for i, v in values.items())

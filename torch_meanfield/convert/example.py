@@ -41,4 +41,4 @@ def noise(shape: torch.Size, like: Tensor) -> Tensor:
     dtype = like.dtype if like.is_floating_point() else torch.float32
     if like.is_meta:
         return torch.empty(shape, dtype=dtype, device="meta")
-    return torch.randn(shape, generator=generator).to(like.device, dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(like.device, dtype)

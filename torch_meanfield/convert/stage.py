@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_meanfield.depth.layer import MeanFieldLayer
+from torch_meanfield.depth.tau_axis import projected
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.population import Column, named_tensors
 
@@ -47,7 +48,7 @@ class ConvertedStage(MeanFieldLayer):
         tau = self.tau_axis.positions()
         if not torch.compiler.is_compiling() and self._sorted_at == self.tau_axis.version():
             return tau[slot] - tau[slot - 1] if slot else tau[0]
-        ascending, order = tau.clamp(min=0).sort(stable=True)
+        ascending, order = projected(tau).sort(stable=True)
         steps = torch.diff(ascending, prepend=ascending.new_zeros(1))
         return steps[order.argsort()][slot]
 

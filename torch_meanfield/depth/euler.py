@@ -59,7 +59,8 @@ def _check_shape(x: Tensor, out: Tensor) -> None:
 def _foldable(branch: nn.Module) -> tuple[list[nn.Module], nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear] | None:
     """The modules before the last affine layer, and that layer; ``None`` where the branch must be called whole.
 
-    Hooks on a module that would be bypassed must still fire, so a hooked branch or last layer is called whole.
+    Hooks on a module that would be bypassed must still fire, and one that was compiled by ``Module.compile`` must run
+    compiled, so such a branch or last layer is called whole.
     """
     body: list[nn.Module] = []
     last = branch
@@ -77,7 +78,8 @@ def _foldable(branch: nn.Module) -> tuple[list[nn.Module], nn.Conv1d | nn.Conv2d
 
 def _hooked(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
+        module._compiled_call_impl is not None
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from torch_meanfield.depth import rebirth
 from torch_meanfield.depth.resort import register, sort_
-from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries
+from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries, projected
 from torch_meanfield.particles import Population
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.loading import loaded_whole
+from torch_meanfield.particles.population import tensors_of
 from torch_meanfield.particles.transport import check_transportable
 
 
@@ -39,6 +40,7 @@ class MeanFieldLayer(nn.Module):
         self.auto_resort = True
         self._sorted_at: tuple[int, ...] = ()  # version of tau at which the slots were last known to be sorted
         self._warned = False
+        self._stepped_on: tuple[Tensor | None] = (None,)  # the tau that optimizers know; bare, it would be registered
 
     def _place_on_axis(self, n: int, horizon: float, first: Tensor | None, *, learn: bool = True) -> None:
         """Make the tau axis (after the branches are registered), on the device of ``first`` and as precise."""
@@ -51,6 +53,7 @@ class MeanFieldLayer(nn.Module):
             dtype=torch.float64 if double else torch.float32,
         )
         self.horizon = horizon
+        self._stepped_on = (self.tau_axis.offset,)
         cast(Any, self).register_load_state_dict_post_hook(_after_load)
         register(self)
 
@@ -62,7 +65,7 @@ class MeanFieldLayer(nn.Module):
     @property
     def tau(self) -> Tensor:
         """The n positions, ascending and differentiable; shape ``(n,)``, float32 (float64 in a double model)."""
-        return self.tau_axis.positions().clamp(min=0).sort(stable=True).values
+        return projected(self.tau_axis.positions()).sort(stable=True).values
 
     def steps(self) -> Tensor:
         """The n step sizes ``tau^l - tau^{l-1}`` with tau^0 = 0, differentiable; shape and dtype of ``tau``."""
@@ -78,11 +81,12 @@ class MeanFieldLayer(nn.Module):
             values: n finite positions (times); those below 0 are projected to 0, equal ones keep their order.
 
         Raises:
-            ValueError: not n values, or a value that is not finite.
+            ValueError: not n values, a value that is not finite, or a branch that would move to where the optimizer
+                that trains it holds no parameters.
             TypeError: an optimizer keeps state that cannot be divided among the branches. Nothing has changed then.
         """
         tau = check_positions(values, self.tau_axis)
-        check_transportable(self.population())
+        check_transportable(self.population(), tau.argsort(stable=True).tolist())
         self.tau_axis.place_(tau)
         sort_(self, cause="set_tau")
         return self
@@ -104,6 +108,36 @@ class MeanFieldLayer(nn.Module):
     def resample_(self, index: Tensor, optimizers: Iterable[Optimizer] = (), cause: str = "birth_death") -> Tensor:
         """Let branches die and be cloned at a fixed number, their intervals re-divided; see :mod:`.rebirth`."""
         return rebirth.resample_(self, index, optimizers, cause)
+
+    def check_untied(self, model: nn.Module) -> None:
+        """See that no module of ``model`` but the particles' own uses what they own.
+
+        A tensor stays where it is when particles change places, and holds another one's values then.
+
+        Raises:
+            ValueError: another module holds a tensor of a branch, or a part of one; it is named.
+        """
+        blocks = [m for slot in self for m in ((slot,) if isinstance(slot, nn.Module) else slot)]
+        inside = {id(m) for block in (self, *blocks) for m in block.modules()}
+        owned = {id(t) for t in tensors_of(self.population().columns)}
+        # a converted stage is not the parent of its blocks
+        entrances = {id(self)} if id(blocks[0]) in {id(m) for m in self.modules()} else {id(self), *map(id, blocks)}
+        for name, module in model.named_modules():
+            if id(module) in inside:
+                continue
+            parts: tuple[tuple[str, Any], ...] = (*module._parameters.items(), *module._buffers.items())
+            tied = [key for key, tensor in parts if tensor is not None and id(tensor) in owned]
+            tied += [k for k, m in module._modules.items() if id(m) in inside and id(m) not in entrances]
+            if tied:
+                raise ValueError(
+                    f"{self._label()}: {name + '.' if name else ''}{tied[0]} belongs to one of its branches; when "
+                    f"branches change places its values go with the branch. Give the other module one of its own, or "
+                    f"keep the branch out of the layer"
+                )
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Any]:
+        """The branch, or the blocks, in each slot."""
 
     @abstractmethod
     def population(self) -> Population:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torch_meanfield.particles import Motion, transport_
 from torch_meanfield.particles.averages import lineage_of
+from torch_meanfield.particles.eagerly import eagerly
+from torch_meanfield.particles.optimizer_state import check_undivided
 
 if TYPE_CHECKING:
     from torch_meanfield.depth.layer import MeanFieldLayer
@@ -45,7 +47,7 @@ def resort_(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] = ()) -
 
     Raises:
         TypeError: ``model`` is not a module, or ``optimizer`` is neither an optimizer nor several.
-        ValueError: ``model`` holds no mean-field layer.
+        ValueError: ``model`` holds no mean-field layer, or one whose blocks share a tensor with another module.
     """
     layers = layers_of(model, "resort_")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
@@ -81,6 +83,8 @@ def layers_of(model: nn.Module, caller: str) -> list[MeanFieldLayer]:
             f"{caller}: {type(model).__name__} holds no MeanFieldSequential or converted stage, so there is nothing to "
             f"sort"
         )
+    for layer in layers:
+        layer.check_untied(model)
     return layers
 
 
@@ -119,6 +123,7 @@ def _warn_once(layer: MeanFieldLayer, tau: Tensor) -> None:
         )
 
 
+@eagerly
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     with _lock:
@@ -126,9 +131,12 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not layers:
         return
     owned = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    for layer in layers:
+        _check_not_replaced(layer, owned)
     layers = [layer for layer in layers if id(layer.tau_axis.offset) in owned]
     if not layers:
         return
+    check_undivided(optimizer)
     # In one order on all ranks (a set has its own in each process): reading a sharded tau is a collective.
     layers.sort(key=lambda layer: owned[id(layer.tau_axis.offset)])
     for layer in layers:
@@ -139,6 +147,21 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     for layer in layers:
         sort_(layer, cause="resort", optimizers=[optimizer])
+
+
+def _check_not_replaced(layer: MeanFieldLayer, owned: Mapping[int, int]) -> None:
+    """Raise if the step was one on a tau that the layer held before its parameters were replaced."""
+    now, (known,) = layer.tau_axis.offset, layer._stepped_on
+    if known is now:
+        return
+    if known is not None and id(known) in owned:  # the layer keeps it, so the number is no other tensor's
+        raise ValueError(
+            f"{layer._label()}: the optimizer steps a tau that is no longer this layer's; its parameters were "
+            f"replaced (by load_state_dict(assign=True), say): make the optimizer after that, or load without assign; "
+            f"or they are gathered by FSDP2 since a forward pass without a backward pass: call reshard() before step()"
+        )
+    if id(now) in owned:
+        layer._stepped_on = (now,)
 
 
 def _out_of_order(layers: list[MeanFieldLayer], found_inf: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_meanfield.depth.euler import euler_step
 from torch_meanfield.depth.exchangeable import check_exchangeable
 from torch_meanfield.depth.layer import MeanFieldLayer
-from torch_meanfield.depth.tau_axis import check_horizon, plain_value
+from torch_meanfield.depth.tau_axis import check_horizon, plain_value, projected
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Column, named_tensors
@@ -84,7 +84,7 @@ class MeanFieldSequential(MeanFieldLayer):
         """The n positions, ascending and differentiable; shape ``(n,)``, float32 (float64 in a double model)."""
         positions = self.tau_axis.positions()
         order = self._execution_order()
-        return positions if order is None else positions.clamp(min=0)[order]
+        return positions if order is None else projected(positions)[order]
 
     def set_tau_(self, values: Tensor | Sequence[float]) -> MeanFieldSequential:
         """See :meth:`MeanFieldLayer.set_tau_`."""
@@ -116,7 +116,7 @@ class MeanFieldSequential(MeanFieldLayer):
         order = self._execution_order()
         tau = self.tau_axis.positions()
         if order is not None:
-            tau = tau.clamp(min=0)[order]
+            tau = projected(tau)[order]
         steps = torch.diff(tau, prepend=tau.new_zeros(1)).unbind()
         for i, step in enumerate(steps):
             x = self._run(euler_step, x, self[i if order is None else order[i]], step)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torch_meanfield.particles.copying import is_sharded, whole, write_
+from torch_meanfield.particles.copying import is_sharded, untransformed, whole, write_
 
 
 class TauAxis(nn.Module):
@@ -119,6 +119,14 @@ class TauAxis(nn.Module):
         return f"{self.anchor.numel()}, learn={self.offset is not None}"
 
 
+def projected(tau: Tensor) -> Tensor:
+    """Positions below 0 at 0, differentiable; one that stands at 0 exactly keeps its gradient.
+
+    ``clamp(min=0)`` gives it none (in torch 2.15), and a particle that :meth:`TauAxis.project_` put there would stay.
+    """
+    return torch.where(tau < 0, torch.zeros_like(tau), tau)
+
+
 def check_horizon(horizon: float | None, n: int) -> float:
     """The horizon as a float (``None`` is n), or an error that names it."""
     if horizon is None:
@@ -156,7 +164,5 @@ def plain_value(t: Tensor) -> Tensor | None:
     """``t`` as a tensor whose values can be read, or ``None`` where it has none (on meta, under ``vmap``)."""
     if torch.compiler.is_compiling():  # the compiler cannot trace these questions
         return t
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(t):
-        t = functorch.get_unwrapped(t)
-    return None if t.is_meta or functorch.is_batchedtensor(t) else t
+    value = untransformed(t)
+    return None if value is None or value.is_meta else value

@@ -11,10 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from torch_meanfield.lightning import ends, generators, means, own_buffers
 from torch_meanfield.lightning.plain_names import name_plainly_
 from torch_meanfield.lightning.replay import Replay
+from torch_meanfield.particles.averages import follow, lineage_of
 from torch_meanfield.width import BirthDeathOptimizer
 
 VERSION = 1
@@ -111,6 +113,7 @@ class ExactResume(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._name_plainly(trainer, pl_module)
+        self._pair_averages(trainer, pl_module)
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if not state:
             warnings.warn(
@@ -166,6 +169,15 @@ class ExactResume(Callback):
         for owner in (pl_module, *(value for each in callbacks for value in vars(each).values())):
             if isinstance(owner, nn.Module):
                 name_plainly_(owner)
+
+    @staticmethod
+    def _pair_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let averages follow births: once both are loaded, they can no longer be told by being the same."""
+        for value in (v for each in trainer.callbacks for v in vars(each).values()):  # type: ignore[attr-defined]
+            if isinstance(value, AveragedModel) and type(value.module) is type(pl_module):
+                for module in pl_module.modules():
+                    lineage_of(module)
+                follow(value.module, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the loaders, and let an interrupted epoch go on where it was."""

@@ -105,7 +105,8 @@ def private_copy(
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); the search works on a "
-            f"copy. Tensors with a history kept as attributes are the usual cause: detach them"
+            f"copy. Tensors with a history kept as attributes are the usual cause: detach them. The hooks of "
+            f"torch.nn.utils (weight_norm, spectral_norm, prune) keep such; torch.nn.utils.parametrizations does not"
         ) from error
     for module in copy.modules():
         for hooks in (

@@ -4,17 +4,26 @@
 deep copy slot by slot. A deep copy that such a class registers as its submodule is recognised here, and from then on
 moves with its source; any other deep copy is a model of its own and is never touched. Averages of other make are
 named once with :func:`follow`.
+
+Lightning makes its copy before it asks for an optimizer, hence before a ``BirthDeathOptimizer`` can have told that the
+model holds populations. Such a copy is recognised when they become known: by a mean-field layer in it that was copied
+from the model's, or by being the same as the model, bit for bit.
 """
 
 from __future__ import annotations
 
+import gc
+import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 
+from torch_meanfield.particles.copying import whole
 from torch_meanfield.particles.events import Motion, subscribe
 from torch_meanfield.particles.population import Slice, named_tensors
 from torch_meanfield.particles.rows import write_rows_
@@ -69,8 +78,8 @@ def follow(copy: nn.Module, model: nn.Module) -> int:
     """Make ``copy``, an averaged copy of ``model`` kept by code this library does not know, move with ``model``.
 
     Not needed for ``AveragedModel``, Lightning's ``WeightAveraging`` and timm's ``ModelEmaV2``/``V3``, which are
-    recognised by themselves, unless they were made before the model held any population: before its optimizer was
-    wrapped in a ``BirthDeathOptimizer``, that is.
+    recognised by themselves, unless the model was trained between the making of the copy and the wrapping of its
+    optimizer in a ``BirthDeathOptimizer``; a warning says so then.
 
     Args:
         copy: the averaged model, of the same structure as ``model``.
@@ -110,9 +119,67 @@ def follow(copy: nn.Module, model: nn.Module) -> int:
     return len(pairs)
 
 
+def adopt_averages(owner: nn.Module) -> None:
+    """Let averaged copies of ``owner`` that were made before it was known to hold populations move with it.
+
+    A copy of ``owner``'s structure is taken for one of it if a mean-field layer in it was copied from that of
+    ``owner``, or if its parameters are still the same, bit for bit. Any other may be an average of ``owner`` or of
+    another model, and a warning names it.
+    """
+    if not (strangers := _pair_alike(owner)):
+        return
+    gc.collect()  # what nobody holds any more says nothing
+    for name in strangers.values():
+        warnings.warn(
+            f"an averaged copy of a {type(owner).__name__}{f' ({name!r} in it)' if name else ''} was made before this "
+            f"one's optimizer was wrapped, and differs from it: if it averages this one, call "
+            f"torch_meanfield.follow(copy, model), or its units will be averages of those that died and of those born "
+            f"in their places",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _pair_alike(owner: nn.Module) -> weakref.WeakKeyDictionary[nn.Module, str]:
+    """Pair ``owner`` with its copies; what has its structure and may be one or not, by the name in what was copied."""
+    strangers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+    mine = dict(owner.named_parameters())
+    for copy in list(_copies):
+        for name, twin in copy.named_modules():
+            if type(twin) is not type(owner) or twin is owner or lineage_of(twin).following:
+                continue
+            theirs = dict(twin.named_parameters())
+            if mine.keys() != theirs.keys() or any(mine[k].shape != theirs[k].shape for k in mine):
+                continue
+            related = _related(twin, owner)
+            if related or (related is None and _equal(mine, theirs)):
+                _pair(lineage_of(twin), lineage_of(owner))
+            elif related is None:
+                strangers[twin] = name
+    return strangers
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(whole(a[k]).cpu(), whole(b[k]).cpu()) for k in a)
+
+
+def _related(copy: nn.Module, owner: nn.Module) -> bool | None:
+    """Whether what is inside ``copy`` follows what is inside ``owner``; ``None`` if nothing inside follows anything."""
+    theirs = dict(copy.named_modules())
+    for name, module in owner.named_modules():
+        lineage: Lineage | None = theirs[name].__dict__.get("_lineage") if name in theirs else None
+        if lineage is not None and lineage.following:
+            return lineage in lineage_of(module).followers
+    return None
+
+
 def _pair(copy: Lineage, source: Lineage) -> None:
     source.followers.add(copy)
     copy.following = copy.averaged = source.averaged = True
+
+
+# What averaging classes have made copies of, for models whose populations become known later.
+_copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _is_averager(module: nn.Module) -> bool:
@@ -128,6 +195,7 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
     if own is not None:
         own.name = name
     if _is_averager(module):
+        _copies.add(submodule)
         for m in submodule.modules():
             lineage: Lineage | None = m.__dict__.get("_lineage")
             source = lineage.origin() if lineage is not None and lineage.origin is not None else None

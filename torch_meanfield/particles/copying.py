@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from torch_meanfield.particles.population import Slice, Stack
@@ -25,14 +26,26 @@ def whole(tensor: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, tensor).full_tensor()) if is_sharded(tensor) else tensor
 
 
+def untransformed(tensor: Tensor) -> Tensor | None:
+    """``tensor`` without the wrappers of ``torch.func.grad``; ``None`` under ``vmap``, where it is many values."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return None if functorch.is_batchedtensor(tensor) else tensor
+
+
 def write_(tensor: Tensor, value: Tensor) -> None:
-    """Copy the whole ``value`` into ``tensor`` in place; a sharded tensor takes its own part."""
+    """Copy the whole ``value`` into ``tensor`` in place; a sharded tensor takes its own part.
+
+    Every rank has the same ``value`` and cuts its own part out of it: nothing is sent.
+    """
     tensor = tensor.detach()
     if is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, Replicate
 
-        layout = cast(Any, tensor)
-        value = distribute_tensor(value.to(tensor.device), layout.device_mesh, layout.placements)
+        mesh = cast(Any, tensor).device_mesh
+        replicas = DTensor.from_local(value.to(tensor.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        value = replicas.redistribute(placements=cast(Any, tensor).placements)
     tensor.copy_(value)
 
 

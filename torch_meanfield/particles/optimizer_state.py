@@ -39,6 +39,16 @@ def known_optimizers(also: Iterable[Optimizer] = ()) -> list[Optimizer]:
     return list(by_state.values())
 
 
+def check_undivided(optimizer: Optimizer) -> None:
+    """Raise ``TypeError`` if other ranks hold what ``optimizer`` keeps for some of its parameters."""
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise TypeError(
+            "ZeroRedundancyOptimizer keeps the state of each parameter on one rank only, so that it cannot move with "
+            "the particles; use FSDP2 (fully_shard), which divides every parameter and its state alike, or DDP with "
+            "the optimizer inside"
+        )
+
+
 def check_state(optimizer: Optimizer, column: Column, name: str) -> None:
     """Raise ``TypeError`` if what ``optimizer`` keeps for ``column`` cannot be divided among the particles.
 
@@ -62,6 +72,53 @@ def check_state(optimizer: Optimizer, column: Column, name: str) -> None:
                 f"{name}: {type(optimizer).__name__} keeps {key!r} ({what}) for a parameter of shape "
                 f"{tuple(p.shape)}, which cannot be divided among the particles; use an optimizer whose state has the "
                 f"parameter's shape (SGD, AdamW, RMSprop, ...), or switch the motion off for this layer"
+            )
+
+
+def check_flat(optimizer: Optimizer, tensors: Iterable[Tensor], name: str) -> None:
+    """Raise ``TypeError`` if ``optimizer`` trains one of ``tensors`` and keeps one vector for all its parameters.
+
+    LBFGS does, in the state of its first parameter, where :func:`check_state` does not look for those of others.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not {id(t) for t in tensors} & {id(p) for p in params}:
+        return
+    total = sum(p.numel() for p in params)
+    for p, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            flat = isinstance(value, Tensor) and value.ndim == 1 and value.numel() == total
+            if flat and isinstance(p, Tensor) and value.numel() != p.numel():
+                raise TypeError(
+                    f"{name}: {type(optimizer).__name__} keeps {key!r} as one vector for all its parameters "
+                    f"({total} numbers), which cannot be divided among the particles; use an optimizer whose state has "
+                    f"the parameter's shape (SGD, AdamW, RMSprop, ...), or switch the motion off for this layer"
+                )
+
+
+def check_trained(optimizers: Iterable[Optimizer], column: Stack, sources: Sequence[int], name: str) -> None:
+    """Raise ``ValueError`` if a particle would move to where the optimizer that trains it does not reach.
+
+    So with the blocks divided among optimizers, or frozen blocks left out of the only one: what is trained now would
+    be trained no more, or by another optimizer, and its state lost.
+
+    Args:
+        optimizers: those that may hold the parameters.
+        column: of the population.
+        sources: place i takes what place ``sources[i]`` holds.
+        name: of the population.
+    """
+    owned = [(o, {id(p) for group in o.param_groups for p in group["params"]}) for o in optimizers]
+    for i, j in enumerate(sources):
+        source, place = column.tensors[j], column.tensors[i]
+        if i == j or not source.requires_grad:
+            continue
+        trainers = [(o, ids) for o, ids in owned if id(source) in ids]
+        if trainers and not any(id(place) in ids for _, ids in trainers):
+            raise ValueError(
+                f"{name}: particle {j} is trained by {type(trainers[0][0]).__name__}, but would move to place {i}, "
+                f"whose parameter of shape {tuple(place.shape)} that optimizer does not hold; give one optimizer the "
+                f"parameters of all particles (frozen ones take no step), or switch the motion off "
+                f"for this layer (re-sorting: set_automatic_resort)"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -167,6 +167,11 @@ class Population:
         return Population(columns, owner=copy, name=self.name)
 
 
+def tensors_of(columns: Iterable[Column]) -> list[Tensor]:
+    """Every tensor that a particle owns a part of, or the whole."""
+    return [t for c in columns for t in (c.tensors if isinstance(c, Stack) else (c.tensor,))]
+
+
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of ``module`` by its qualified name (tied ones under each of their names)."""
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
@@ -180,7 +185,7 @@ def check_index(index: Tensor | Sequence[int], n: int, name: str) -> Tensor:
     A tensor on an accelerator is not read back (that would wait for the device); its values are then the caller's
     responsibility, and the device itself refuses what is out of range.
     """
-    out = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64)
+    out = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64, device="cpu")
     if out.dtype != torch.int64 or out.shape != (n,):
         raise ValueError(
             f"{name}: index must hold {n} integers (int64), one source for each particle; got {out.dtype} of shape "

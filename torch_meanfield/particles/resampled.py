@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_meanfield.particles.population import Population
@@ -28,6 +28,10 @@ class Resampled(Protocol):
 
     def position(self) -> Tensor | None:
         """The parameter whose gradient the potential is read from; ``None`` if the module does not learn it."""
+        ...
+
+    def check_untied(self, model: nn.Module) -> None:
+        """Raise ``ValueError`` if another module of ``model`` uses a tensor of one of the particles."""
         ...
 
     def resample_(self, index: Tensor, optimizers: Iterable[Optimizer] = (), cause: str = "birth_death") -> Tensor:

@@ -10,19 +10,36 @@ from torch.optim import Optimizer
 
 from torch_meanfield.particles.copying import move_gradients_, move_slice_, move_stack_
 from torch_meanfield.particles.events import Motion, publish
-from torch_meanfield.particles.optimizer_state import check_state, known_optimizers, move_state_
-from torch_meanfield.particles.population import Population, Stack, check_index
+from torch_meanfield.particles.optimizer_state import (
+    check_flat,
+    check_state,
+    check_trained,
+    known_optimizers,
+    move_state_,
+)
+from torch_meanfield.particles.population import Population, Stack, check_index, tensors_of
 
 
-def check_transportable(population: Population, optimizers: Iterable[Optimizer] = ()) -> list[Optimizer]:
-    """The optimizers whose state moves with ``population``, or the ``TypeError`` that :func:`transport_` would raise.
+def check_transportable(
+    population: Population, sources: Sequence[int], optimizers: Iterable[Optimizer] = ()
+) -> list[Optimizer]:
+    """The optimizers whose state moves with ``population``, or the error that :func:`transport_` would raise.
 
     For motions that write something first and must know beforehand that they can be completed.
+
+    Args:
+        population: the particles.
+        sources: place i is to take what place ``sources[i]`` holds; of interest where a column is a :class:`Stack`.
+        optimizers: beside those that have stepped.
     """
     known = known_optimizers(optimizers)
     for optimizer in known:
+        check_flat(optimizer, tensors_of(population.columns), population.name)
         for column in population.columns:
             check_state(optimizer, column, population.name)
+    for column in population.columns:
+        if isinstance(column, Stack):
+            check_trained(known, column, sources, population.name)
     return known
 
 
@@ -54,20 +71,20 @@ def transport_(
 
     Raises:
         ValueError: an index of the wrong length or out of range; a tensor several of whose entries share one place
-            in memory.
+            in memory; a particle that would move to where the optimizer that trains it does not reach.
         TypeError: optimizer state that cannot be divided among the particles. Nothing has moved in either case.
     """
     n = population.size
     index = check_index(index, n, population.name)
     # An index on an accelerator is not read back: every place is then written, moved or not.
-    places = (index != torch.arange(n)).nonzero().squeeze(1) if index.device.type == "cpu" else None
+    places = (index != torch.arange(n, device="cpu")).nonzero().squeeze(1) if index.device.type == "cpu" else None
     if places is not None and not places.numel():
         return None
     _check_memory(population)
-    known = check_transportable(population, optimizers) if state else []
     # Whole tensors are moved one by one, so their sources must be known on the host; slices stay on their device.
     stacked = any(isinstance(c, Stack) for c in population.columns)
     sources: list[int] = index.tolist() if stacked else []
+    known = check_transportable(population, sources, optimizers) if state else []
     for column in population.columns:
         if state:
             for optimizer in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -9,27 +10,62 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torch_meanfield.particles.copying import is_sharded
 from torch_meanfield.width.blocks import Blocks, blocks_of
 from torch_meanfield.width.declared import check_disjoint, check_owned, foreign
 from torch_meanfield.width.discover import find_populations
 from torch_meanfield.width.neurons import Neurons
+from torch_meanfield.width.reparametrised import Reparametrised
 
 
 def discovered(model: nn.Module, example_input: Any, optimizer: Optimizer) -> list[Neurons | Blocks]:
     """The proven populations of ``model`` whose parameters ``optimizer`` owns, and the blocks of mean-field layers.
 
+    Units whose weights are computed from other tensors in such a way that a birth would change other units (spectral
+    normalisation, fake quantisers) are left out with a warning that names them.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, a block shares a tensor with another module, or the model is sharded.
     """
-    found: list[Neurons | Blocks] = [*find_populations(model, example_input), *blocks_of(model)]
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError(
+            f"populations='auto': {type(model).__name__} is sharded, and the search works on a copy, which FSDP2 does "
+            f"not allow; call find_populations(model, example) before fully_shard(model), and declare what it found by "
+            f"the sharded parameters: populations=[[(weight, 0), ..., (outgoing, 1)], ...]"
+        )
+    computed = Reparametrised(model)
+    left_out: list[str] = []
+    refused: list[str] = []
+    neurons: list[Neurons] = []
+    if computed.quantiser is not None:
+        left_out.append(f"all neurons: {computed.quantiser} rounds by a scale that units share")
+    else:
+        report = find_populations(model, example_input)
+        refused = [str(r) for r in report.refused]
+        for units in report:
+            reason = computed.entangled(units)
+            if reason is None:
+                neurons.append(units)
+            else:
+                left_out.append(f"{units.name} ({units.size} units): {reason}")
+    found: list[Neurons | Blocks] = [*neurons, *blocks_of(model)]
     kept = [p for p in found if foreign(p, optimizer) is None]
     if not kept:
+        none = "none of which belongs to the optimizer's parameters as a whole" if found else "so nothing can be born"
+        because = "; ".join(left_out + refused)
         raise ValueError(
-            f"populations='auto': {type(model).__name__} has {len(found)} proven populations, none of which belongs to "
-            f"the optimizer's parameters as a whole; declare populations=[[(weight, 0), ..., (outgoing, 1)], ...]"
+            f"populations='auto': {type(model).__name__} has {len(found)} proven populations, {none}; declare "
+            f"populations=[[(weight, 0), ..., (outgoing, 1)], ...]{'. Left out: ' if because else ''}{because}"
+        )
+    if left_out:
+        warnings.warn(
+            f"populations='auto' leaves out, that is, trains without replacing a unit: {'; '.join(left_out)}",
+            stacklevel=4,
         )
     for population in kept:
         check_owned(population, optimizer)
+        if isinstance(population, Blocks):
+            population.layer.check_untied(model)
     check_disjoint(kept)
     return kept
 

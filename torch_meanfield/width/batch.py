@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from torch_meanfield.particles.copying import untransformed
 from torch_meanfield.width.blocks import Blocks
-from torch_meanfield.width.capture import Tap
+from torch_meanfield.width.capture import Tap, in_backward
+from torch_meanfield.width.collective import of_all_ranks
 from torch_meanfield.width.neurons import Neurons
 
 
@@ -18,12 +20,16 @@ class BatchCounter:
     """Counts what goes through one module in the steps before an event.
 
     Args:
-        module: a layer that sees every sample once, or ``None``: then nothing is known but what is given.
+        seen: a layer that sees every sample once, and a parameter of it whose gradient tells whether it did since the
+            gradients were thrown away; ``None``: then nothing is known but what is given.
         given: the number itself, if the user said it.
     """
 
-    def __init__(self, module: nn.Module | None, given: int | None) -> None:
-        self.module, self.given = module, given
+    def __init__(self, seen: tuple[nn.Module, Tensor] | None, given: int | None) -> None:
+        # The parameter as the optimizer has it: FSDP2 puts another in its place while the layer computes.
+        self.module: nn.Module | None = None if seen is None else seen[0]
+        self._parameter: Tensor | None = None if seen is None else seen[1]
+        self.given = given
         self.wanted = False
         self.steps = 0
         self._taken = 0  # samples of steps that were taken
@@ -66,10 +72,7 @@ class BatchCounter:
         if self.given is not None:
             return float(self.given)
         mine = self._taken / self.steps if self.steps and self._taken else None
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return mine
-        sizes: list[float | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(sizes, mine)
+        sizes: list[float | None] = of_all_ranks(mine)
         return None if any(s is None for s in sizes) else sum(s for s in sizes if s is not None)
 
     def state(self) -> list[int]:
@@ -85,8 +88,13 @@ class BatchCounter:
         self.resume()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and output.ndim > 1:
-            if all(p.grad is None for p in module.parameters()):
+        if not torch.is_grad_enabled() or not isinstance(output, Tensor) or untransformed(output) is None:
+            return  # under vmap it is one sample of many
+        if output.requires_grad and output.ndim > 1:
+            if in_backward():  # recomputed from a checkpoint: with reentrant autograd it is first seen now
+                cast(Any, output).register_hook(self._arrive_late)
+                return
+            if self._parameter is not None and self._parameter.grad is None:
                 self.forget()  # the gradients were thrown away: a step that was skipped
             self._ahead += len(output)
             cast(Any, output).register_hook(self._arrive)
@@ -96,18 +104,24 @@ class BatchCounter:
         self._ahead -= arrived
         self._behind += arrived
 
+    def _arrive_late(self, gradient: Tensor) -> None:
+        self._behind += len(gradient)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}
 
 
-def seen_at(populations: Sequence[Neurons | Blocks], model: nn.Module | None) -> nn.Module | None:
-    """A module inside ``model`` that every sample passes once: one that reads some population's units, or a layer."""
+def seen_at(populations: Sequence[Neurons | Blocks], model: nn.Module | None) -> tuple[nn.Module, Tensor] | None:
+    """A module inside ``model`` that every sample passes once: one that reads some population's units, or a layer.
+
+    With it, the parameter of it that gets a gradient whenever it does.
+    """
     homes = {} if model is None else {id(t): m for m in model.modules() for t in m.parameters(recurse=False)}
     for population in populations:
         if isinstance(population, Neurons):
             for column in population.outgoing:
                 if id(column.tensor) in homes:
-                    return homes[id(column.tensor)]
+                    return homes[id(column.tensor)], column.tensor
         elif model is not None:
-            return population.module
+            return population.module, population.position
     return None

@@ -48,7 +48,7 @@ def steep_values(
     """
     columns = population.slices(population.columns)
     roles = population.roles
-    first = next(i for i, c in enumerate(columns) if c.tensor is recorder.site.first.weight)
+    first = next(i for i, c in enumerate(columns) if c.tensor is recorder.site.incoming)
     biases = [i for i, r in enumerate(roles) if r == "in" and i != first]
     out = next(i for i, r in enumerate(roles) if r == "out")
     count = values[first].shape[1]
@@ -57,7 +57,7 @@ def steep_values(
         return
     like = columns[first].tensor.detach()
     # An event must stay small beside the steps between two of them: wide layers get fewer candidates.
-    price = land.x.numel() // land.x.shape[1] * (like[0].numel() + land.g.shape[1])
+    price = land.x.numel() // land.x.shape[1] * (like.shape[1:].numel() + land.g.shape[1])
     tried = min(settings.candidates, max(FEWEST, BUDGET // max(1, price)))
     # Refining has a price for each unit: beyond a share of the candidates the rest stay as they were drawn.
     count = min(count, max(1, tried // 4))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_meanfield.particles.copying import is_sharded
+from torch_meanfield.particles.copying import untransformed
 from torch_meanfield.width.activations import Activation
+from torch_meanfield.width.collective import world
 from torch_meanfield.width.neurons import Neurons
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,11 +27,15 @@ class Site:
         first: whose outputs the units are.
         last: which reads the units.
         norm: batch norm between them.
+        incoming: the weight of ``first`` as the population has it; FSDP2 puts another in its place while it computes.
+        outgoing: that of ``last``.
     """
 
     first: Any
     last: Any
     norm: nn.Module | None
+    incoming: Tensor
+    outgoing: Tensor
 
     @property
     def linear(self) -> bool:
@@ -46,7 +51,7 @@ def site_of(population: Neurons, model: nn.Module | None) -> Site | None:
     if model is None:
         return None
     homes = {id(t): m for m in model.modules() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
-    plain = all(c.outer == c.inner == 1 and not is_sharded(c.tensor) for c in population.slices(population.columns))
+    plain = all(c.outer == c.inner == 1 for c in population.slices(population.columns))
     found = [
         {homes.get(id(c.tensor)) for c in group} for group in (population.incoming, population.outgoing, population.own)
     ]
@@ -67,17 +72,27 @@ def site_of(population: Neurons, model: nn.Module | None) -> Site | None:
         or population.outgoing[0].tensor is not last.weight
     ):
         return None
-    return Site(first, last, norm)
+    return Site(first, last, norm, cast(Tensor, first.weight), population.outgoing[0].tensor)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward pass that is made in it is recomputed from a checkpoint."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Tap:
-    """A forward hook that calls a method of its recorder; a copy of the model gets one that removes itself."""
+    """A forward hook that calls a method of its recorder; a copy of the model gets one that removes itself.
+
+    Under the compiler it does nothing: what it keeps would break the graph, or compile it anew at every step.
+    """
 
     def __init__(self, recorder: Any = None, method: str = "") -> None:
         self.recorder = None if recorder is None else weakref.ref(recorder)
         self.method = method
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         recorder = None if self.recorder is None else self.recorder()
         if recorder is not None:
             getattr(recorder, self.method)(module, args, output)
@@ -96,8 +111,9 @@ class Tap:
 class Recorder:
     """Takes a sample of rows from each forward and backward pass between :meth:`start` and :meth:`stop`.
 
-    Hooks live on the two layers only meanwhile: a copy of the model made at another time carries none, and a model
-    that was compiled before simply does not show them (then nothing is recorded).
+    Hooks live on the two layers only meanwhile: a copy of the model made at another time carries none. In a compiled
+    model, and under ``vmap``, nothing is recorded. Of layers inside an activation checkpoint that pass is which the
+    gradients go through: the first without reentrant autograd, the recomputed one with it.
 
     Args:
         site: the layers.
@@ -109,6 +125,7 @@ class Recorder:
         self.site, self.share = site, max(1, limit // max(1, steps))
         self.limit = limit
         self.wanted = False
+        self.steps = 0  # since it was started, whether anything was seen or not
         self.activation: Activation | None = None  # recognised once
         self.inputs: list[Tensor] = []
         self.gradients: list[Tensor] = []
@@ -123,7 +140,13 @@ class Recorder:
     def start(self) -> None:
         """Begin anew."""
         self.inputs, self.gradients, self._rows, self._taken, self.wanted = [], [], 0, 0, True
+        self.steps = 0
         self.resume()
+
+    def restart(self) -> None:
+        """Drop what was recorded and go on recording, if it was."""
+        if self.wanted:
+            self.start()
 
     def resume(self) -> None:
         """Put the hooks in place if they should be and are not (after a copy, or after loading)."""
@@ -144,6 +167,7 @@ class Recorder:
 
     def take(self) -> None:
         """The step is taken whose gradients were recorded last."""
+        self.steps += 1
         self._taken, self._known = len(self.gradients), self.after is not None
 
     def forget(self) -> None:
@@ -186,10 +210,13 @@ class Recorder:
 
     def _at_first(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._pending = []
-        if torch.is_grad_enabled() and self.site.last.weight.grad is None:
+        if torch.is_grad_enabled() and self.site.outgoing.grad is None and not in_backward():
             self.forget()  # its gradients were thrown away
         if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and self._rows < self.limit:
-            x = self._rows_of(args[0])
+            given = untransformed(args[0])
+            if given is None or (isinstance(output, Tensor) and untransformed(output) is None):
+                return
+            x = self._rows_of(given)
             stride = self._every(x)
             self._pending = [(x[::stride].clone(), stride)]
 
@@ -205,7 +232,9 @@ class Recorder:
         inputs, stride = self._pending.pop()
 
         def keep(gradient: Tensor) -> None:
-            rows = self._rows_of(gradient)[::stride].clone()  # the same rows or images as of the input
+            gradient = cast(Tensor, untransformed(gradient))
+            # The same rows or images as of the input. The loss is the mean over ranks of what each of them computes.
+            rows = self._rows_of(gradient)[::stride] / world()[1]
             self.inputs.append(inputs)
             self.gradients.append(rows)
             self._rows += self._count(rows)
@@ -218,5 +247,5 @@ class Recorder:
     @staticmethod
     def _few(x: Tensor) -> Tensor:
         """The first few rows, enough to recognise an activation."""
-        x = x.detach()
+        x = cast(Tensor, untransformed(x)).detach()
         return x.reshape(-1, x.shape[-1])[:16].clone() if x.ndim <= 3 else x[:1].clone()

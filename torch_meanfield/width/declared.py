@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_meanfield.particles import Slice
+from torch_meanfield.particles.copying import is_sharded
 from torch_meanfield.particles.resampled import Resampled
 from torch_meanfield.width.blocks import Blocks
 from torch_meanfield.width.neurons import Neurons, neurons_from
+from torch_meanfield.width.reparametrised import Reparametrised
 
 
 def declared(populations: Any, model: nn.Module | None, optimizer: Optimizer) -> list[Neurons | Blocks]:
@@ -20,8 +22,9 @@ def declared(populations: Any, model: nn.Module | None, optimizer: Optimizer) ->
 
     Raises:
         TypeError: not populations.
-        ValueError: none at all, one the optimizer does not own, tensors on several devices, or two populations that
-            move the same entries.
+        ValueError: none at all, one the optimizer does not own, tensors on several devices, units that cannot be
+            replaced one at a time (see :mod:`torch_meanfield.width.reparametrised`), or two populations that move
+            the same entries.
     """
     alone = isinstance(populations, (Neurons, Resampled)) or _is_slices(populations)
     entries = [populations] if alone else populations
@@ -33,8 +36,14 @@ def declared(populations: Any, model: nn.Module | None, optimizer: Optimizer) ->
     found = [_population(entry, f"populations[{i}]", model) for i, entry in enumerate(entries)]
     if not found:
         raise ValueError("populations is empty; declare at least one, or pass populations='auto' with a model")
+    computed = Reparametrised(model)
     for population in found:
         check_owned(population, optimizer)
+        reason = computed.entangled(population) if isinstance(population, Neurons) else None
+        if reason is not None:
+            raise ValueError(f"{population.name}: {reason}; leave the population out")
+        if isinstance(population, Blocks) and model is not None:
+            population.layer.check_untied(model)
     check_disjoint(found)
     return found
 
@@ -87,6 +96,13 @@ def foreign(population: Neurons | Blocks, optimizer: Optimizer) -> Slice | None:
 def check_owned(population: Neurons | Blocks, optimizer: Optimizer) -> None:
     """Raise ``ValueError`` for a parameter that ``optimizer`` does not own, or tensors on several devices."""
     column = foreign(population, optimizer)
+    for c in () if isinstance(population, Blocks) else population.slices(population.columns):
+        if _is_computed(c.tensor, optimizer):
+            raise ValueError(
+                f"{population.name}: the tensor of shape {tuple(c.tensor.shape)} along dimension {c.dim} is no tensor "
+                f"of its own but computed from others (by a parametrization or a hook of torch.nn.utils) or a view of "
+                f"one; declare what the optimizer owns, such as module.parametrizations.weight.original0"
+            )
     if column is not None:
         raise ValueError(
             f"{population.name}: the tensor of shape {tuple(column.tensor.shape)} along dimension {column.dim} is not "
@@ -106,6 +122,20 @@ def check_owned(population: Neurons | Blocks, optimizer: Optimizer) -> None:
                 f"{population.name}: a tensor of shape {tuple(c.tensor.shape)} is {c.tensor.dtype}, {c.tensor.layout} "
                 f"on {c.tensor.device}; units own dense floating-point tensors that hold data"
             )
+
+
+def _is_computed(tensor: Tensor, optimizer: Optimizer) -> bool:
+    """Whether ``tensor`` has a history, or shares its memory with a parameter of the optimizer without being it."""
+    if tensor.grad_fn is not None:
+        return True
+    owned = owned_ids(optimizer)
+    if id(tensor) in owned or tensor.layout != torch.strided or tensor.is_meta or is_sharded(tensor):
+        return False
+    place = tensor.untyped_storage().data_ptr()
+    # a sharded parameter has no memory of its own to ask for, and nothing is a view of it
+    parameters = (p for group in optimizer.param_groups for p in group["params"] if not is_sharded(p))
+    shared = (p for p in parameters if p.layout == torch.strided and p.device == tensor.device)
+    return any(place != 0 and p.untyped_storage().data_ptr() == place for p in shared)
 
 
 def check_disjoint(populations: Sequence[Neurons | Blocks]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_meanfield.particles import place_, transport_
-from torch_meanfield.particles.averages import lineage_of
+from torch_meanfield.particles.averages import adopt_averages, lineage_of
 from torch_meanfield.particles.copying import whole
 from torch_meanfield.particles.rows import places_of
 from torch_meanfield.width import rates
@@ -21,6 +22,8 @@ from torch_meanfield.width.births import steep_values
 from torch_meanfield.width.blocks import Blocks
 from torch_meanfield.width.capture import Recorder, site_of
 from torch_meanfield.width.carried import carry
+from torch_meanfield.width.collective import check_alike, world
+from torch_meanfield.width.current import names_of, renewed
 from torch_meanfield.width.laws import Initializer, laws_of
 from torch_meanfield.width.neurons import Neurons
 from torch_meanfield.width.newborns import draw, split_
@@ -66,6 +69,7 @@ class Dynamics:
         initializer: Initializer | None,
     ) -> None:
         self.populations, self.settings = list(populations), settings
+        self._names = names_of(self.populations)
         self.generator, self.initializer = generator, initializer
         self.laws = [laws_of(p, model) if isinstance(p, Neurons) else {} for p in self.populations]
         by_device: dict[torch.device, list[int]] = {}
@@ -73,12 +77,14 @@ class Dynamics:
             by_device.setdefault(read_from(p).device, []).append(i)
             if p.owner is not None:
                 lineage_of(p.owner)  # averaged copies made from now on are known to be such
+        for owner in {id(p.owner): p.owner for p in self.populations if p.owner is not None}.values():
+            adopt_averages(owner)  # and those made before
         self.averages = [Averages([self.populations[i] for i in ids], settings.window) for ids in by_device.values()]
         self.where = {
             i: (a, j) for a, ids in zip(self.averages, by_device.values(), strict=True) for j, i in enumerate(ids)
         }
         self.batch = BatchCounter(seen_at(self.populations, model), settings.batch_size)
-        self._warned = False
+        self._warned: set[str] = set()
         self.elapsed: list[Any] = [0.0 for _ in self.populations]  # learning rates since the last event
         self.recorders: dict[int, Recorder] = {}
         if settings.steep and settings.births == "reinject" and initializer is None:
@@ -105,6 +111,9 @@ class Dynamics:
         for recorder in self.recorders.values():
             recorder.take()
         for averages in self.averages:
+            if averages.follow_device_():  # what was recorded lies where the model was
+                for recorder in self.recorders.values():
+                    recorder.restart()
             averages.read(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
 
     def forget_step(self) -> None:
@@ -147,18 +156,28 @@ class Dynamics:
 
     @torch.no_grad()
     def event(self, optimizer: Optimizer, clock: int) -> list[Event]:
-        """Kill and give birth in every population. One read from the device, for all of them together."""
+        """Kill and give birth in every population. One read from the device, for all of them together.
+
+        Raises:
+            ValueError: a parameter of a population was replaced in the model. Nothing has been changed then.
+        """
+        self.populations = renewed(self.populations, self._names)
         batch = self.batch.size() if self.settings.scheme == "standing_out" else None
         awake = [i for i, p in enumerate(self.populations) if not frozen(p)]
         if awake and batch is None and self.settings.scheme == "standing_out" and self.settings.rate:
-            self._warn_of_unknown_batch()
+            self._warn_once(
+                "BirthDeathOptimizer does not know how many samples a step has (it has no model=, or one that is "
+                "compiled or run under vmap), so no unit is replaced as harmful, only dead ones are; pass batch_size="
+            )
+        self._check_owned([self.populations[i] for i in awake], optimizer)
         decisions = {i: self._decide(i, batch) for i in awake}
         counts = self._read_counts(decisions)
+        self._check_alike(counts, clock)
         events = []
         due = list(zip(decisions.items(), counts, strict=True))
         # blocks last: what was decided of the neurons inside them is told by place
         due.sort(key=lambda entry: isinstance(self.populations[entry[0][0]], Blocks))
-        for (i, turnover), (moved, born, harmful) in due:
+        for (i, turnover), (moved, born, harmful, _) in due:
             self.elapsed[i] = 0.0
             if moved:
                 events.append(self._carry_out(i, turnover, moved, born, harmful, optimizer, clock))
@@ -167,15 +186,22 @@ class Dynamics:
         self.batch.stop()
         return events
 
-    def _warn_of_unknown_batch(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "BirthDeathOptimizer does not know how many samples a step has (it has no model=, or one that was "
-                "compiled before), so no unit is replaced as harmful, only dead ones are; pass batch_size=",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    @staticmethod
+    def _check_owned(populations: Sequence[Neurons | Blocks], optimizer: Optimizer) -> None:
+        """See that what a block owns now is what the optimizer trains: under FSDP2 it may be a gathered copy."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for population in populations:
+            if isinstance(population, Blocks) and id(population.position) not in owned:
+                raise RuntimeError(
+                    f"{population.name}: its parameters are not those that the optimizer trains. FSDP2 leaves them "
+                    f"gathered after a forward pass without a backward pass; call reshard() of the sharded model "
+                    f"before optimizer.step()"
+                )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _decide(self, i: int, batch: float | None) -> Turnover:
         s, (averages, j) = self.settings, self.where[i]
@@ -203,7 +229,10 @@ class Dynamics:
         return turnover
 
     def _read_counts(self, decisions: dict[int, Turnover]) -> list[list[int]]:
-        """How much there is to do, nothing if this step was skipped or a gradient is not finite: the one read."""
+        """How much there is to do, nothing if this step was skipped or a gradient is not finite: the one read.
+
+        For each population the three counts of :meth:`.Turnover.counts`, and :meth:`.Turnover.checksum`.
+        """
         if not decisions:
             return []
         device = self.averages[0].device
@@ -211,9 +240,25 @@ class Dynamics:
         grads = [t.grad for i in decisions for t in _tensors(self.populations[i]) if t.grad is not None]
         if grads:
             fine = fine & torch.stack([whole(g.sum()).isfinite().to(device) for g in grads]).all()
-        counts = torch.stack([t.counts().to(device) for t in decisions.values()])
+        counts = torch.stack([torch.cat([t.counts(), t.checksum()[None]]).to(device) for t in decisions.values()])
         out: list[list[int]] = (counts * fine).tolist()
         return out
+
+    def _check_alike(self, counts: list[list[int]], clock: int) -> None:
+        """See that all ranks have decided the same, and will draw the same."""
+        if world()[1] == 1:
+            return
+        state = self.generator.get_state()
+        check_alike(
+            {
+                "the number of steps": clock,
+                "a setting": self.settings,
+                "the state of its generator": zlib.crc32(bytes(state.tolist())),
+                "a population": [(p.name, p.size) for p in self.populations],
+                "the law that newborn units are drawn from": self.laws,
+                "what the potentials say": counts,
+            }
+        )
 
     def _carry_out(
         self, i: int, turnover: Turnover, moved: int, born: int, harmful: int, optimizer: Optimizer, clock: int
@@ -235,6 +280,14 @@ class Dynamics:
             generator = self._on(averages.device)
             values = draw(population, self.laws[i], born, generator, self.initializer)
             if i in self.recorders:
+                # in the very first step, populations are found when its forward pass has been made already
+                watched = self.recorders[i].wanted and self.recorders[i].steps > 1
+                if watched and not any(r.inputs for r in self.recorders.values()):
+                    self._warn_once(
+                        "BirthDeathOptimizer has seen nothing of the loss around its units (the model is compiled or "
+                        "run under vmap, or an activation checkpoint parts their layers), so newborn units are drawn, "
+                        "not placed where the loss is steep; steep=False says that this is meant"
+                    )
                 steep_values(population, self.recorders[i], self.laws[i], values, harmful, self.settings, generator)
             place_(population, places, values, optimizers=[optimizer], cause="birth_death")
             averages.forget_(j, places)
@@ -242,11 +295,11 @@ class Dynamics:
 
     def _uniform(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """Uniform draws on [0, 1), the same ones on every device."""
-        return torch.rand(shape, generator=self.generator, dtype=dtype).to(device)
+        return torch.rand(shape, generator=self.generator, dtype=dtype, device=self.generator.device).to(device)
 
     def _on(self, device: torch.device) -> torch.Generator:
         """A generator on ``device``, seeded from ours: large draws are made where they are used."""
-        seed = int(torch.randint(2**62, (1,), generator=self.generator))
+        seed = int(torch.randint(2**62, (1,), generator=self.generator, device=self.generator.device))
         return torch.Generator(device).manual_seed(seed)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from torch_meanfield.particles import Slice
+from torch_meanfield.particles.copying import whole
 from torch_meanfield.width.neurons import Neurons
 
 # initializer(rows, generator): fill one tensor for each incoming column in place, entry j for newborn j.
@@ -70,7 +71,7 @@ def laws_of(population: Neurons, model: nn.Module | None) -> dict[int, Law]:
             continue
         module = homes.get(id(column.tensor))
         bound = _reset_bound(module) if role == "in" and module is not None else None
-        value = column.tensor.detach().double()
+        value = whole(column.tensor).double()
         mean, std = value.mean().item(), value.std(correction=0).item() if value.numel() > 1 else 0.0
         laws[i] = Law(mean, std, uniform=False) if bound is None else Law(0.0, bound, uniform=True)
     return laws
@@ -89,7 +90,7 @@ def _reset_bound(module: nn.Module) -> float | None:
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.is_meta or getattr(module, "transposed", False):
         return None
-    bound = 1 / math.sqrt(weight[0].numel())
-    std = weight.detach().double().square().mean().sqrt().item()
+    bound = 1 / math.sqrt(weight.shape[1:].numel())
+    std = whole(weight).double().square().mean().sqrt().item()
     # a second moment, not a deviation: units pushed to one side (dead ones, say) do not change it
     return bound if abs(std * math.sqrt(3) / bound - 1) < 0.1 else None

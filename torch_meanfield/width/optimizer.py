@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torch_meanfield.particles.optimizer_state import check_state
-from torch_meanfield.particles.population import Slice
+from torch_meanfield.particles.eagerly import eagerly
+from torch_meanfield.particles.optimizer_state import check_flat, check_state
+from torch_meanfield.particles.population import Slice, tensors_of
 from torch_meanfield.width import saved
 from torch_meanfield.width.auto import Glimpse, discovered
 from torch_meanfield.width.blocks import Blocks
@@ -39,7 +40,8 @@ class BirthDeathOptimizer(SharingOptimizer):
       (they reach nothing: dead ReLUs). It needs no tuning from layer to layer; this is why it is the default. Rates
       proportional to V, read off a mini-batch, are mostly noise, differ by orders of magnitude between layers, and
       destroy good units. Where the loss is not a negative log-likelihood (or a mean square) of natural scale, scale
-      it: the expected fall weighs V against its square.
+      it: the expected fall weighs V against its square. Clipping scales gradients down as well: where it cuts them to
+      a tenth at most steps, the margin that protects good units is used up, and ``rate=0`` is the safe choice.
     - ``scheme="exact"`` is the theory, (34) and (37):
       :math:`\partial_t\mu = \nabla\cdot(\mu\nabla V) - \alpha (V - \bar V)\mu` with alpha = ``rate``. Time is the
       sum of the learning rates (see :func:`~torch_meanfield.width.potentials.potential` for the factor n); the
@@ -89,8 +91,9 @@ class BirthDeathOptimizer(SharingOptimizer):
         candidates: draws of which the steepest are taken; fewer in wide layers, so that an event stays cheap.
         window: steps over which potentials are averaged; ``None``: half of ``every``, 1 under ``exact``.
         threshold: how far a potential must stand out, in standard errors of its own average.
-        batch_size: samples whose mean a step's gradient is, over all ranks; ``None``: counted at a layer of ``model``.
-            Without either no unit is replaced as harmful, and a warning says so.
+        batch_size: samples whose mean a step's gradient is, over all ranks; ``None``: counted at a layer of ``model``,
+            unless that is compiled or run under ``vmap``. Without either no unit is replaced as harmful, and a warning
+            says so.
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
             place, newborn units along the column's dimension; ``None``: the layer's own law, else normal draws with
             the moments the column had when it was wrapped.
@@ -107,7 +110,9 @@ class BirthDeathOptimizer(SharingOptimizer):
     Raises:
         TypeError, ValueError: naming the argument, before anything is changed: see
             :class:`~torch_meanfield.width.settings.Settings`, :func:`~torch_meanfield.width.neurons.neurons_from`; a
-            parameter that the optimizer does not own; ``"auto"`` without a model.
+            parameter that the optimizer does not own; units whose weights are computed from others so that a birth
+            would change more than itself (:mod:`torch_meanfield.width.reparametrised`); blocks tied to other modules;
+            ``"auto"`` without a model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -204,7 +209,8 @@ class BirthDeathOptimizer(SharingOptimizer):
             **kwargs: passed on.
 
         Raises:
-            TypeError: the optimizer keeps state that cannot be divided among the units (factored, 8-bit).
+            TypeError: the optimizer keeps state that cannot be divided among the units (factored, 8-bit, LBFGS).
+            ValueError: a parameter of a population was replaced in the model since it was wrapped.
         """
         if not self.settings.active or not self.enabled:
             return self.optimizer.step(closure, **kwargs) if closure is not None else self.optimizer.step(**kwargs)
@@ -240,6 +246,7 @@ class BirthDeathOptimizer(SharingOptimizer):
             self._dynamics.forget_step()
         return True
 
+    @eagerly
     def _read(self) -> bool:
         """Take in this step's potentials; whether there was a step to see."""
         if self._glimpse is not None:
@@ -255,11 +262,13 @@ class BirthDeathOptimizer(SharingOptimizer):
         self._dynamics.read(self.optimizer)
         return True
 
+    @eagerly
     def _after(self) -> None:
         dynamics = self._dynamics
         assert dynamics is not None
         if not self._checked:
             for population in dynamics.populations:
+                check_flat(self.optimizer, tensors_of(population.columns), population.name)
                 for column in population.columns:
                     check_state(self.optimizer, column, population.name)
             self._checked = True
@@ -300,19 +309,47 @@ class BirthDeathOptimizer(SharingOptimizer):
         """The wrapped optimizer's state dict, whole, with one key more: ``"birth_death"``.
 
         Its ``"state"`` and ``"param_groups"`` stay where every tool looks for them, so a bare optimizer loads this
-        dict as it is (torch ignores the key), and this wrapper loads a bare optimizer's. The tools of
-        ``torch.distributed.checkpoint`` take those two and leave the third: save it beside them with ``torch.save``,
-        or averages begin anew.
+        dict as it is (torch ignores the key), and this wrapper loads a bare optimizer's. Of what data-parallel ranks
+        see each for itself before an event it holds this rank's part: see :meth:`birth_death_state`.
         """
         for pre in list(self._optimizer_state_dict_pre_hooks.values()):
             pre(self)
         out = dict(self.optimizer.state_dict())
-        pending = self._pending
-        out[saved.KEY] = saved.pack(self._dynamics, self.clock, self._generator) if pending is None else pending
+        out[saved.KEY] = self._packed()
         for post in list(self._optimizer_state_dict_post_hooks.values()):
             result = post(self, out)
             out = out if result is None else result
         return out
+
+    def birth_death_state(self) -> dict[str, Any]:
+        """The entry ``"birth_death"`` of :meth:`state_dict` with the parts of all ranks; call it on all of them.
+
+        Any number of ranks can go on from it. To be saved with ``torch.save`` beside what the tools of
+        ``torch.distributed.checkpoint`` take of this optimizer.
+        """
+        return saved.pack_all(self._packed()) if self._pending is None else self._pending
+
+    def load_birth_death_state(self, state: dict[str, Any]) -> None:
+        """Load :meth:`birth_death_state`, after the wrapped optimizer.
+
+        Raises:
+            ValueError: it is damaged or of another model; the entry is named. Nothing has been loaded then.
+        """
+        saved.check_version(state)
+        if self._dynamics is not None:
+            saved.check(state, self._dynamics)
+        self._unpack(state)
+
+    def _packed(self) -> dict[str, Any]:
+        return saved.pack(self._dynamics, self.clock, self._generator) if self._pending is None else self._pending
+
+    def _unpack(self, ours: dict[str, Any]) -> None:
+        self.clock = int(ours["clock"])
+        self._generator.set_state(ours["generator"].cpu())
+        if self._dynamics is None:
+            self._pending = ours
+        else:
+            saved.unpack_(ours, self._dynamics)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or a bare optimizer's state; then averages begin anew.
@@ -342,12 +379,7 @@ class BirthDeathOptimizer(SharingOptimizer):
             if self._dynamics is not None:
                 self._dynamics.begin_anew()
         else:
-            self.clock = int(ours["clock"])
-            self._generator.set_state(ours["generator"].cpu())
-            if self._dynamics is None:
-                self._pending = ours
-            else:
-                saved.unpack_(ours, self._dynamics)
+            self._unpack(ours)
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):
             post(self)
 

@@ -97,6 +97,14 @@ class Averages:
         self.table = torch.zeros(4, sum(self.sizes), dtype=self.dtype, device=self.device)
         self.ok = torch.ones((), dtype=torch.bool, device=self.device)
 
+    def follow_device_(self) -> bool:
+        """Go where the populations are now, after ``model.to(device)``; whether that is elsewhere."""
+        device = read_from(self.populations[0]).device
+        moved = device != self.device
+        if moved:
+            self.device, self.table, self.ok = device, self.table.to(device), self.ok.to(device)
+        return moved
+
     def of(self, i: int) -> Tensor:
         """The rows (m, q, w, quiet) of population i; shape ``(4, n)``, a view."""
         start = sum(self.sizes[:i])

@@ -22,6 +22,7 @@ from torch_meanfield.observe.randomise import Draws, draw_, nudge_, randomise_
 from torch_meanfield.particles import Population, Slice, transport_
 from torch_meanfield.particles.population import named_tensors
 from torch_meanfield.width.neurons import Neurons
+from torch_meanfield.width.reparametrised import fake_quantiser
 
 UNCHANGED = 1e-10  # relative; true populations reach 1e-14
 CHANGED = 1e-7  # a thousand times that: what the proof could not see, it must not call unchanged
@@ -73,6 +74,12 @@ class Prover:
     """
 
     def __init__(self, model: nn.Module, example_input: Any, *, seed: int = 0) -> None:
+        quantiser = fake_quantiser(model) if isinstance(model, nn.Module) else None
+        if quantiser is not None:
+            raise ValueError(
+                f"verify: {type(model).__name__} rounds by a fake quantiser, {quantiser}, which computes in single "
+                f"precision; a proof needs double. Find and prove populations before quantisation-aware training"
+            )
         self.model = model
         self.copy = _double_copy(model)
         for parameter in self.copy.parameters():

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from torch_meanfield.width.capture import Recorder
+from torch_meanfield.width.collective import of_all_ranks, world
 from torch_meanfield.width.dynamics import Dynamics
 from torch_meanfield.width.laws import Law
+from torch_meanfield.width.per_rank import share_of
 
 KEY = "birth_death"
 VERSION = 2
@@ -18,7 +21,8 @@ _KEYS = {"version", "clock", "generator", "batch", "populations"}
 def pack(dynamics: Dynamics | None, clock: int, generator: torch.Generator) -> dict[str, Any]:
     """Clock, generator and, for each population, averages, time, laws and what has been recorded for the next event.
 
-    Plain containers, numbers and tensors only, so that ``torch.load(weights_only=True)`` reads it.
+    Plain containers, numbers and tensors only, so that ``torch.load(weights_only=True)`` reads it. The samples counted
+    and the rows recorded are those of this rank; see :func:`pack_all`.
     """
     populations = []
     for i, population in enumerate([] if dynamics is None else dynamics.populations):
@@ -41,7 +45,19 @@ def pack(dynamics: Dynamics | None, clock: int, generator: torch.Generator) -> d
         "generator": generator.get_state(),
         "batch": None if dynamics is None else dynamics.batch.state(),
         "populations": populations if dynamics is not None else None,
+        "world_size": world()[1],
     }
+
+
+def pack_all(packed: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`pack` gave with the parts of all ranks in it, the same on each of them; all must call it."""
+    populations = packed["populations"]
+    if populations is None:
+        return packed
+    mine = {"batch": packed["batch"], "recorded": [entry["recorded"] for entry in populations]}
+    bare = [{**entry, "recorded": None} for entry in populations]
+    # from the CPU: what another rank unpickles would lie on the device it was sent from
+    return {**packed, "populations": bare, "ranks": of_all_ranks(_to(mine, torch.device("cpu")))}
 
 
 def check_version(saved: Any) -> None:
@@ -68,11 +84,17 @@ def check_version(saved: Any) -> None:
     except RuntimeError as error:
         raise ValueError(f"{where}['generator'] is no state of a generator ({error}); the file is damaged") from error
     populations, batch = saved["populations"], saved["batch"]
-    fits = isinstance(batch, list) and len(batch) == 3 and all(map(_is_count, batch))
-    _expect(batch is None if populations is None else fits, f"{where}['batch']", batch, "three counts")
+    fits = batch is None if populations is None else _is_batch(batch)
+    _expect(fits, f"{where}['batch']", batch, "three counts")
     _expect(populations is None or isinstance(populations, list), f"{where}['populations']", populations, "a list")
     for i, entry in enumerate(populations or ()):
         _check_entry(entry, f"{where}['populations'][{i}]")
+    size, ranks = saved.get("world_size", 1), saved.get("ranks")
+    _expect(_is_count(size) and size > 0, f"{where}['world_size']", size, "a number of processes")
+    fits = ranks is None or (isinstance(ranks, list) and len(ranks) == size and populations is not None)
+    _expect(fits, f"{where}['ranks']", ranks, f"a list of the parts of {size} ranks")
+    for rank, part in enumerate(ranks or ()):
+        _check_part(part, len(populations), f"{where}['ranks'][{rank}]")
 
 
 def _check_entry(entry: Any, where: str) -> None:
@@ -90,15 +112,29 @@ def _check_entry(entry: Any, where: str) -> None:
     laws = entry["laws"]
     fits = isinstance(laws, dict) and all(_is_count(k) and _is_law(law) for k, law in laws.items())
     _expect(fits, f"{where}['laws']", laws, "a mean, a spread and a bool for each column")
-    recorded = entry["recorded"]
+    _check_recorded(entry["recorded"], f"{where}['recorded']")
+
+
+def _check_part(part: Any, populations: int, where: str) -> None:
+    fits = isinstance(part, dict) and part.keys() >= {"batch", "recorded"}
+    _expect(fits, where, part, "a dict with the keys batch, recorded")
+    _expect(_is_batch(part["batch"]), f"{where}['batch']", part["batch"], "three counts")
+    recorded = part["recorded"]
+    fits = isinstance(recorded, list) and len(recorded) == populations
+    _expect(fits, f"{where}['recorded']", recorded, f"a list of {populations}, one for each population")
+    for i, each in enumerate(recorded):
+        _check_recorded(each, f"{where}['recorded'][{i}]")
+
+
+def _check_recorded(recorded: Any, where: str) -> None:
     fits = recorded is None or (isinstance(recorded, dict) and {"inputs", "gradients"} <= recorded.keys())
-    _expect(fits, f"{where}['recorded']", recorded, "what a recorder saved, or None")
+    _expect(fits, where, recorded, "what a recorder saved, or None")
     for name in ("inputs", "gradients") if recorded is not None else ():
         fits = isinstance(recorded[name], list) and all(_is_floating(t) for t in recorded[name])
-        _expect(fits, f"{where}['recorded'][{name!r}]", recorded[name], "a list of tensors")
+        _expect(fits, f"{where}[{name!r}]", recorded[name], "a list of tensors")
     for name in ("before", "after") if recorded is not None else ():
         fits = recorded.get(name) is None or _is_floating(recorded[name])
-        _expect(name in recorded and fits, f"{where}['recorded'][{name!r}]", recorded.get(name), "a tensor, or None")
+        _expect(name in recorded and fits, f"{where}[{name!r}]", recorded.get(name), "a tensor, or None")
 
 
 def _expect(fits: bool, where: str, value: Any, what: str) -> None:
@@ -108,6 +144,10 @@ def _expect(fits: bool, where: str, value: Any, what: str) -> None:
             f"{where} must be {what}, got {short}; the file is damaged or of another model. To load the wrapped "
             f"optimizer alone, remove the key {KEY!r}"
         )
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_count, value))
 
 
 def _is_count(value: Any) -> bool:
@@ -148,14 +188,21 @@ def check(saved: dict[str, Any], dynamics: Dynamics) -> None:
         where = f"state_dict[{KEY!r}]['populations'][{i}]"
         _expect(entry["laws"].keys() == dynamics.laws[i].keys(), f"{where}['laws']", entry["laws"], "of these columns")
         recorder = dynamics.recorders.get(i)
-        if recorder is None or entry["recorded"] is None:
-            continue
-        read, made = recorder.site.first.weight.shape[1], recorder.site.last.weight.shape[0]
-        for name, width in (("inputs", read), ("gradients", made)):
-            tensors = entry["recorded"][name]
-            fits = len(tensors) == len(entry["recorded"]["inputs"])
-            fits = fits and all(t.ndim > 1 and t.shape[1] == width for t in tensors)
-            _expect(fits, f"{where}['recorded'][{name!r}]", tensors, f"of width {width}, as many as there are inputs")
+        if recorder is not None:
+            _check_widths(entry["recorded"], recorder, f"{where}['recorded']")
+            for rank, part in enumerate(saved.get("ranks") or ()):
+                at = f"state_dict[{KEY!r}]['ranks'][{rank}]['recorded'][{i}]"
+                _check_widths(part["recorded"][i], recorder, at)
+
+
+def _check_widths(recorded: dict[str, Any] | None, recorder: Recorder, where: str) -> None:
+    read, made = recorder.site.incoming.shape[1], recorder.site.outgoing.shape[0]
+    for name, width in (("inputs", read), ("gradients", made)) if recorded is not None else ():
+        assert recorded is not None
+        tensors = recorded[name]
+        fits = len(tensors) == len(recorded["inputs"])
+        fits = fits and all(t.ndim > 1 and t.shape[1] == width for t in tensors)
+        _expect(fits, f"{where}[{name!r}]", tensors, f"of width {width}, as many as there are inputs")
 
 
 def unpack_(saved: dict[str, Any], dynamics: Dynamics) -> None:
@@ -163,8 +210,9 @@ def unpack_(saved: dict[str, Any], dynamics: Dynamics) -> None:
     if saved["populations"] is None:  # saved before they were known
         dynamics.begin_anew()
         return
-    dynamics.batch.load(saved["batch"])
-    for i, entry in enumerate(saved["populations"]):
+    mine = share_of(saved)
+    dynamics.batch.load(mine["batch"])
+    for i, (entry, recorded) in enumerate(zip(saved["populations"], mine["recorded"], strict=True)):
         averages, j = dynamics.where[i]
         averages.of(j).copy_(entry["averages"])
         dynamics.elapsed[i] = entry["elapsed"]
@@ -172,8 +220,8 @@ def unpack_(saved: dict[str, Any], dynamics: Dynamics) -> None:
         recorder = dynamics.recorders.get(i)
         if recorder is not None:
             recorder.stop()
-            if entry["recorded"] is not None:
-                recorder.load(_to(entry["recorded"], averages.device))
+            if recorded is not None:
+                recorder.load(_to(recorded, averages.device))
 
 
 def _to(value: Any, device: torch.device) -> Any:

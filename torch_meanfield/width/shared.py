@@ -10,6 +10,8 @@ from typing import Any, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_meanfield.particles.optimizer_state import check_undivided
+
 
 def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """Run the hooks registered on the wrapper itself around ``step``, as torch does, but not the global ones.
@@ -64,7 +66,7 @@ class SharingOptimizer(Optimizer):
         optimizer: the wrapped optimizer.
 
     Raises:
-        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
+        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``, or divides its state among ranks.
     """
 
     param_groups = Lent()
@@ -79,6 +81,7 @@ class SharingOptimizer(Optimizer):
     def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_undivided(optimizer)
         self.optimizer = optimizer
         # Not Optimizer.__init__, which would make groups and state of its own; what else it makes is made here.
         self._make_hooks()

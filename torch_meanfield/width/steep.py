@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from torch_meanfield.width.activations import Activation, recognise
 from torch_meanfield.width.capture import Recorder, Site
+from torch_meanfield.width.collective import of_all_ranks, rows_of_all_ranks
 
 ROUNDS = 8  # in how many portions the newborn units of one event are chosen
 ASCENTS = 5  # steps of refinement
@@ -134,14 +135,17 @@ class Landscape:
 
 def landscape(recorder: Recorder) -> Landscape | None:
     """What was recorded, gathered from all data-parallel ranks; ``None`` if nothing usable was."""
-    usable = bool(recorder.inputs) and recorder.before is not None and recorder.after is not None
-    if usable and recorder.activation is None:
-        recorder.activation = recognise(recorder.before, recorder.after)  # type: ignore[arg-type]
-    activation = recorder.activation
-    if not _everywhere(usable and activation is not None) or activation is None:
+    before, after = recorder.before, recorder.after
+    usable = bool(recorder.inputs) and before is not None and after is not None
+    if not all(of_all_ranks(usable)) or before is None or after is None:
         return None
-    inputs = _gather(torch.cat(recorder.inputs))
-    return Landscape(recorder.site, inputs, _gather(torch.cat(recorder.gradients)), activation)
+    if recorder.activation is None:
+        # By what all ranks saw: few rows can fit two activations, and every rank must settle on the same one.
+        recorder.activation = recognise(rows_of_all_ranks(before), rows_of_all_ranks(after))
+    if recorder.activation is None:
+        return None
+    inputs, gradients = (rows_of_all_ranks(torch.cat(rows)) for rows in (recorder.inputs, recorder.gradients))
+    return Landscape(recorder.site, inputs, gradients, recorder.activation)
 
 
 @torch.no_grad()
@@ -201,32 +205,3 @@ def _norms(slope: Tensor) -> Tensor:
 def _chunks(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
     starts = range(0, len(weight), CHUNK)
     return [(weight[i : i + CHUNK], None if bias is None else bias[i : i + CHUNK]) for i in starts]
-
-
-def _distributed() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )
-
-
-def _everywhere(flag: bool) -> bool:
-    """Whether ``flag`` holds on every rank: all must take the same way."""
-    if not _distributed():
-        return flag
-    flags: list[bool | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(flags, flag)
-    return all(flags)
-
-
-def _gather(rows: Tensor) -> Tensor:
-    """The rows of all ranks, so that every rank sees the same landscape and chooses the same units."""
-    if not _distributed():
-        return rows
-    sizes: list[int | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(sizes, len(rows))
-    rows = rows[: min(s for s in sizes if s is not None)].contiguous()
-    out = [torch.empty_like(rows) for _ in sizes]
-    torch.distributed.all_gather(out, rows)
-    return torch.cat(out)
