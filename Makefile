@@ -53,7 +53,7 @@ test-oldest:
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -W default
 
 coverage: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov=torch_meanfield
 
 # About an hour on two cores. Resumes where it stopped; remove mutants/ to begin anew.
 mutation: $(STAMP)

@@ -94,7 +94,8 @@ class MeanFieldLayer(nn.Module):
     def draw_tau_(self, generator: torch.Generator | None = None) -> MeanFieldLayer:
         """Place the particles at n sorted draws from U(0, horizon)."""
         anchor = self.tau_axis.anchor
-        draws = torch.rand(len(self), generator=generator, dtype=anchor.dtype) * self.horizon
+        device = "cpu" if generator is None else generator.device
+        draws = torch.rand(len(self), generator=generator, dtype=anchor.dtype, device=device) * self.horizon
         return self.set_tau_(draws.sort().values)
 
     def position(self) -> nn.Parameter | None:

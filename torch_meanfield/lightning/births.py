@@ -128,8 +128,8 @@ class BirthDeathMonitor(Callback):
         events = {name: sum(k > 0 for k in t.killed) for name, t in self.turnovers.items()}
         values |= {f"birth_death/events/{name}": float(n) for name, n in events.items()}
         values["birth_death/events/total"] = float(sum(events.values()))
-        numbers = {name: torch.tensor(t.potentials) for name, t in self.turnovers.items()}
-        at = torch.tensor(QUANTILES)
+        numbers = {name: torch.tensor(t.potentials, device="cpu") for name, t in self.turnovers.items()}
+        at = torch.tensor(QUANTILES, device="cpu")
         quantiles = {
             f"potential/{name}/q{round(100 * q):02d}": v
             for name, row in numbers.items()

@@ -25,7 +25,7 @@ def collect(cuda: bool = True) -> dict[str, Any]:
     if numpy is not None:
         name, words, *rest = numpy.random.get_state()
         if name == "MT19937":  # of any other the user knows more than we do
-            states["numpy"] = [torch.tensor(words.tolist()), *map(float, rest)]
+            states["numpy"] = [torch.tensor(words.tolist(), device="cpu"), *map(float, rest)]
     if cuda and cast(Any, torch.cuda).is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states

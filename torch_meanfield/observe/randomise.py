@@ -21,8 +21,8 @@ class Draws:
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.normal = torch.randn(_DRAWN, generator=self.generator)
-        self.uniform = torch.rand(_DRAWN, generator=self.generator) + 0.5
+        self.normal = torch.randn(_DRAWN, generator=self.generator, dtype=torch.float32, device="cpu")
+        self.uniform = torch.rand(_DRAWN, generator=self.generator, dtype=torch.float32, device="cpu") + 0.5
 
     def take(self, shape: torch.Size, *, normal: bool) -> Tensor:
         """Standard normal numbers, or uniform ones in 0.5 to 1.5."""
@@ -31,7 +31,7 @@ class Draws:
         offset = self._offset()
         if offset + n <= _DRAWN:
             return numbers[offset : offset + n].reshape(shape)
-        return _tile_(torch.empty(n), numbers, offset).reshape(shape)
+        return _tile_(torch.empty(n, dtype=numbers.dtype, device="cpu"), numbers, offset).reshape(shape)
 
     def fill_(self, tensor: Tensor, factor: float) -> None:
         """Standard normal numbers times ``factor``, the same as of :meth:`take`.
@@ -44,7 +44,7 @@ class Draws:
             tensor.copy_(self.take(tensor.shape, normal=True)).mul_(factor)
 
     def _offset(self) -> int:
-        return int(torch.randint(_DRAWN, (), generator=self.generator))
+        return int(torch.randint(_DRAWN, (), generator=self.generator, device="cpu"))
 
 
 def _tile_(out: Tensor, numbers: Tensor, offset: int) -> Tensor:

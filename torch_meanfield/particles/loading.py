@@ -67,11 +67,20 @@ def check_entries(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         if not isinstance(theirs, Tensor):
             continue  # torch names what is none
         if theirs.is_complex() and not ours.is_complex():
-            raise RuntimeError(f"state_dict[{key!r}] is {theirs.dtype}, but the model's tensor is {ours.dtype}")
+            raise RuntimeError(
+                f"state_dict[{key!r}] is {theirs.dtype}, but the model's tensor is {ours.dtype}; pass its "
+                f"real part, or make the model complex"
+            )
         if theirs.is_meta and not ours.is_meta:
-            raise RuntimeError(f"state_dict[{key!r}] is on the meta device: it has a shape, but no values")
+            raise RuntimeError(
+                f"state_dict[{key!r}] is on the meta device: it has a shape, but no values; save a model that holds "
+                f"its weights"
+            )
         if theirs.layout != ours.layout:
-            raise RuntimeError(f"state_dict[{key!r}] is {theirs.layout}, but the model's tensor is {ours.layout}")
+            raise RuntimeError(
+                f"state_dict[{key!r}] is {theirs.layout}, but the model's tensor is {ours.layout}; pass it as the "
+                f"model has it (to_dense(), say)"
+            )
 
 
 @contextmanager

@@ -105,7 +105,8 @@ class BoundaryNet(nn.Module):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
         shapes = (width,), (width, dim), (width,)
-        a, w, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+        device = None if generator is None else generator.device
+        a, w, bias = (torch.randn(s, generator=generator, dtype=torch.float64, device=device) for s in shapes)
         self.a, self.w = nn.Parameter(output_scale * a), nn.Parameter(weight_scale * w)
         self.bias = nn.Parameter(weight_scale * bias)
 

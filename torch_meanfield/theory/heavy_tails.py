@@ -51,7 +51,8 @@ def heavy_tailed_(
     checked(sigma_w=sigma_w)
     if weight.ndim < 2:
         raise ValueError(f"weight must be (out, in, ...), got shape {tuple(weight.shape)}")
-    u, v = torch.rand(2, *weight.shape, generator=generator, dtype=torch.float64)
+    device = "cpu" if generator is None else generator.device
+    u, v = torch.rand(2, *weight.shape, generator=generator, dtype=torch.float64, device=device)
     scale = sigma_w / (2 * weight[0].numel()) ** (1 / alpha)
     return weight.copy_(scale * _stable(alpha, math.pi * (u - 0.5), -torch.log1p(-v)))
 

@@ -163,7 +163,7 @@ def _check_output(model: nn.Module, out: Any, pair: Tensor) -> None:
 def _proven(out: Tensor, uses: list[Use], parameters: dict[str, nn.Parameter]) -> set[str]:
     """Those parameters whose factors give autograd's gradient of a random combination of sample 0's outputs."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(out.shape[1], generator=generator, dtype=torch.float64).to(out)
+    direction = torch.randn(out.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(out)
     combination = (out * direction).sum(1, keepdim=True)
     seen = {name for use in uses for name in (use.weight, use.bias) if name in parameters}
     candidates = {name: p for name, p in parameters.items() if name in seen}

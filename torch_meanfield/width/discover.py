@@ -118,8 +118,14 @@ def by_labels(search: Search, *, free_groups: bool = False) -> tuple[list[Neuron
 
 def by_places_in_groups(search: Search) -> tuple[list[Neurons], list[Refused]]:
     """For models with grouped convolutions: what is exchangeable at the same place of every group."""
-    grouped = any(1 < getattr(m, "groups", 1) < getattr(m, "in_channels", 0) for m in search.prover.model.modules())
+    grouped = any(_in_groups(m) for m in search.prover.model.modules())
     return (by_labels(search, free_groups=True)[0] if grouped else []), []
+
+
+def _in_groups(module: nn.Module) -> bool:
+    """Whether ``module`` is a grouped convolution, not one for each channel; anything else may be called groups too."""
+    groups, channels = getattr(module, "groups", None), getattr(module, "in_channels", None)
+    return isinstance(groups, int) and isinstance(channels, int) and 1 < groups < channels
 
 
 def by_templates(search: Search) -> tuple[list[Neurons], list[Refused]]:

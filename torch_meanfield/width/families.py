@@ -83,7 +83,7 @@ def candidates(ledger: Ledger, model: nn.Module) -> tuple[list[Neurons], list[Re
 
 
 def _flags(labels: list[Tensor], count: int) -> Tensor:
-    flags = torch.zeros(count, dtype=torch.bool)
+    flags = torch.zeros(count, dtype=torch.bool, device="cpu")
     if labels:
         flags[torch.cat([part.reshape(-1) for part in labels])] = True
     flags[0] = False
@@ -92,7 +92,7 @@ def _flags(labels: list[Tensor], count: int) -> Tensor:
 
 def _labels(ledger: Ledger, place: Place) -> Tensor:
     start = ledger.starts[place]
-    return torch.arange(start, start + ledger.tensors[place[0]].shape[place[1]])
+    return torch.arange(start, start + ledger.tensors[place[0]].shape[place[1]], device="cpu")
 
 
 def _families(ledger: Ledger, classes: Tensor) -> list[list[Place]]:
@@ -134,7 +134,7 @@ def _tied(vectors: dict[Place, Tensor]) -> dict[Place, Tensor]:
         return vectors
     first, *others = kinds.values()
     same = {c: first[i] for units in others for i, c in enumerate(units)}
-    return {p: torch.tensor([same.get(c, c) for c in v.tolist()]) for p, v in vectors.items()}
+    return {p: torch.tensor([same.get(c, c) for c in v.tolist()], device="cpu") for p, v in vectors.items()}
 
 
 def _columns(tensors: dict[str, Tensor], vectors: dict[Place, Tensor], n: int) -> list[Slice] | None:

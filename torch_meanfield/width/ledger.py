@@ -115,7 +115,7 @@ class Ledger:
             self.count += size
         shape = [1] * tensor.ndim
         shape[dim] = size
-        return torch.arange(start, start + size).view(shape)
+        return torch.arange(start, start + size, device="cpu").view(shape)
 
     def new_layer(self) -> int:
         """A bit for one more call of a layer."""
@@ -150,7 +150,7 @@ class Ledger:
 
     def classes(self) -> Tensor:
         """For each label (0 included) the smallest label it is united with."""
-        parent = torch.arange(self.count)
+        parent = torch.arange(self.count, device="cpu")
         if not self.pairs:
             return parent
         a, b = torch.cat(self.pairs, dim=1)

@@ -151,7 +151,7 @@ class Prover:
 
     def _cycle(self, n: int) -> Tensor:
         """A random cycle of all n: it leaves no unit in its place."""
-        order = torch.randperm(n, generator=self.generator)
+        order = torch.randperm(n, generator=self.generator, device="cpu")
         index = torch.empty_like(order)
         index[order] = order.roll(1)
         return index
@@ -262,7 +262,7 @@ class Prover:
         readers: dict[int, list[tuple[int, Slice, Tensor]]] = {}
         for i, twin in enumerate(twins):
             # A cycle of some of the units: all of a large tensor would cost more than a forward.
-            units = torch.randperm(twin.size, generator=self.generator)[:CYCLE]
+            units = torch.randperm(twin.size, generator=self.generator, device="cpu")[:CYCLE]
             for c in twin.outgoing:
                 readers.setdefault(id(c.tensor), []).append((i, c, units.to(c.tensor.device)))
         tensors = {id(c.tensor): c.tensor for twin in twins for c in twin.outgoing}
@@ -282,7 +282,7 @@ class Prover:
         try:
             if output is None:
                 output = self.run(gradients=True)
-            weights = torch.randn(output.shape, generator=self.generator, dtype=output.dtype)
+            weights = torch.randn(output.shape, generator=self.generator, dtype=output.dtype, device="cpu")
             with torch.enable_grad():
                 torch.autograd.backward(output @ (weights / weights.norm()), inputs=learned)
         except RuntimeError:  # no gradient through this model's eval mode: each is tested literally

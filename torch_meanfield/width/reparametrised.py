@@ -129,7 +129,7 @@ def _apart(by: ParametrizationList, columns: list[Slice]) -> bool:
         for column in columns:
             theirs = Slice(tensors[places[id(column.tensor)]], column.dim, column.outer, column.inner)
             units = theirs.by_particle(theirs.tensor).movedim(column.dim + 1, 0)[half::2]
-            units.copy_(torch.randn(units.shape, generator=generator))
+            units.copy_(torch.randn(units.shape, generator=generator, device="cpu"))
         with undisturbed():
             after = copy()
         layout = Slice(before, like.dim, like.outer, like.inner)

@@ -120,7 +120,7 @@ def cat(ledger: Ledger, call: Call) -> Tracks:
         across, _ = elementwise(ledger, across, set(), rest, set())
         for extra in along[1:]:
             ledger.freeze(extra, "is one of several kinds of units that a concatenation joins")
-        joined.append((along[0] if along else torch.zeros((), dtype=torch.int64)).expand(tensor.shape))
+        joined.append((along[0] if along else torch.zeros((), dtype=torch.int64, device="cpu")).expand(tensor.shape))
     whole = compact(torch.cat(joined, dim)) if any(t.any() for t in joined) else None
     return (*across, whole) if whole is not None and varying(whole) else across
 
@@ -132,7 +132,7 @@ def stack(ledger: Ledger, call: Call) -> Tracks:
     count = max(len(ledger.state(t).tracks) for t in tensors)
     out = []
     for k in range(count):
-        none = (torch.zeros((), dtype=torch.int64),)
+        none = (torch.zeros((), dtype=torch.int64, device="cpu"),)
         full = [(*ledger.state(t).tracks[k : k + 1], *none)[0].expand(t.shape) for t in tensors]
         out.append(compact(torch.stack(full, dim)))
     return tuple(t for t in out if varying(t))
@@ -254,7 +254,7 @@ def setitem(ledger: Ledger, call: Call) -> None:
             place[index] = torch.where(here == 0, full.expand(here.shape), here)
             new[0] = compact(place)
         else:
-            place = torch.zeros(x.shape, dtype=torch.int64)
+            place = torch.zeros(x.shape, dtype=torch.int64, device="cpu")
             place[index] = full
             new.append(compact(place))
     ledger.put(x, State(tuple(new), state.sources | theirs.sources, state.history | theirs.history))

@@ -30,7 +30,10 @@ def check_wrapped(state_dict: Any, optimizer: Optimizer) -> None:
             )
     theirs, ours = state_dict["param_groups"], optimizer.param_groups
     if len(theirs) != len(ours):
-        raise ValueError(f"state_dict['param_groups'] has {len(theirs)} groups, the optimizer {len(ours)}")
+        raise ValueError(
+            f"state_dict['param_groups'] has {len(theirs)} groups, the optimizer {len(ours)}; make the optimizer with "
+            f"the groups of the one that was saved"
+        )
     shaped = type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ not in _UNSHAPED
     state: dict[Any, Any] = state_dict["state"]
     seen: set[Any] = set()

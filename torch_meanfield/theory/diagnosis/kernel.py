@@ -36,7 +36,7 @@ def kernel_of(model: nn.Module, x: Tensor, output: Tensor, max_bytes: int) -> Ke
         output: what the model gave, ``(B, ...)``: its size, dtype and device are those of the direction.
         max_bytes: see :func:`.empirical_ntk`.
     """
-    direction = torch.randn(output[0].numel(), generator=torch.Generator().manual_seed(0)).to(output)
+    direction = torch.randn(output[0].numel(), generator=torch.Generator().manual_seed(0), device="cpu").to(output)
     empty = torch.empty(0, dtype=torch.float64)
     try:
         kernel: Any = empirical_ntk(

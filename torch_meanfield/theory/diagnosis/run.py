@@ -129,7 +129,7 @@ def _loss(output: Any, target: Tensor | None, loss: Loss | None) -> tuple[Tensor
     out = _first(output)
     if target is None:
         # on the CPU, so that all devices see the same functional
-        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(out)
         return (out * direction).sum() / len(out), "random linear functional"
     if not target.is_floating_point():
         return F.cross_entropy(out, target), "cross entropy"
