@@ -287,6 +287,7 @@ def main() -> int:
         parser.error("the kills need lightning; install the extra [lightning]")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    about = provenance(torch.device("cpu"))  # before files of ours make the checkout another one
     kept = args.out / "soak.json"
     parts: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     command = "python benchmarks/soak.py " + shlex.join(sys.argv[1:])
@@ -300,7 +301,6 @@ def main() -> int:
             say("")
             print(f"\r{row.fault}: {row.survived:,} of {row.tries:,} survived; {row.how}", flush=True)
         seconds = round(time.perf_counter() - begin, 1)
-        about = provenance(torch.device("cpu"))
         parts[name] = {**about, "command": command.strip(), "seconds": seconds, "rows": [asdict(row) for row in rows]}
         text = write(parts, args.out)
     print(f"\n{text}\n\nwritten to {args.out / 'soak.md'}")
