@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.utils import spectral_norm as spectral_norm_hook
 from torch.nn.utils import weight_norm as weight_norm_hook
 
 from tests.depth.reference import ReferenceNet
+from tests.trust.digits import differences
 from torch_meanfield import BirthDeathOptimizer, MeanFieldSequential, conversion_report, convert, fold
 from torch_meanfield.particles import Slice
 from torch_meanfield.width import Neurons, find_populations, verify
@@ -275,6 +277,24 @@ def test_quantisation_aware_training_is_refused_in_width_and_kept_in_depth() -> 
     with pytest.warns(UserWarning, match="leaves out.*all neurons: .*FakeQuantize"):
         optimizer = BirthDeathOptimizer(inner, net, example_input=X)
     assert [p.name for p in optimizer.populations] == ["0 (blocks)"]
+
+
+def test_quantisation_aware_training_of_a_converted_model_is_refused_in_either_order() -> None:
+    prepared = quantised(nn.Sequential(*(Block(plain) for _ in range(4))))
+    before = copy.deepcopy(prepared.state_dict())
+    with pytest.raises(ValueError, match=r"rounds by a fake quantiser, .*FakeQuantize.*then fold\(model\)"):
+        convert(prepared, X)
+    assert differences(before, prepared.state_dict()) == []
+    model = nn.Sequential(*(Block(plain) for _ in range(4)))
+    convert(model, X)
+    with pytest.raises(TypeError, match=r"a Linear of a converted block has a qconfig.*fold\(model\) first"):
+        quantised(copy.deepcopy(model))(X)
+    quantised(fold(model, X))(X)
+
+
+def test_symbolic_tracing_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"order of its blocks .*torch.fx.symbolic_trace"):
+        torch.fx.symbolic_trace(MeanFieldSequential(*blocks_of(plain, 0)))
 
 
 class Rounded(nn.Linear):

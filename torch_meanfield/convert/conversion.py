@@ -19,7 +19,7 @@ from torch_meanfield.convert.stage import ConvertedStage, stages_of
 from torch_meanfield.convert.trace import trace
 from torch_meanfield.convert.verify import Inputs, Trial, make_sites
 from torch_meanfield.depth.tau_axis import check_horizon
-from torch_meanfield.observe import private_copy
+from torch_meanfield.observe import fake_quantiser, private_copy
 
 Model = TypeVar("Model", bound=nn.Module)
 Patterns = str | Sequence[str]
@@ -282,6 +282,13 @@ def _check_unconverted(model: nn.Module) -> None:
     if names:
         raise ValueError(
             f"convert: {type(model).__name__} is converted already (at {names[0]!r}); fold(model) gives a plain copy"
+        )
+    quantiser = fake_quantiser(model)
+    if quantiser is not None:
+        raise ValueError(
+            f"convert: {type(model).__name__} rounds by a fake quantiser, {quantiser}, which computes in single "
+            f"precision; what is converted is proven in double. Convert and train before quantisation-aware training, "
+            f"then fold(model)"
         )
 
 

@@ -57,12 +57,20 @@ def multiply(tensor: Tensor, by: Tensor) -> Tensor:
     return tensor * by if tensor.dtype == by.dtype else (tensor.to(by.dtype) * by).to(tensor.dtype)
 
 
+QUANTISED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by torch.ao.quantization, other layers as they are
+
+
 class StepScaled:
     """Mixed into the class of a module with a :class:`Site`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with its scaled parameters."""
         site: Site = self.__dict__[_KEY]
+        if self.__dict__.get("qconfig") is not None and isinstance(self, QUANTISED):
+            raise TypeError(
+                f"a {type(self).__name__} of a converted block has a qconfig, but prepare_qat does not know a layer "
+                f"whose weights a step scales, and has left it as it was; fold(model) first"
+            )
         step = site.stage.step(site.slot)
         kept: list[tuple[dict[str, Any], str, Tensor]] = []
         try:

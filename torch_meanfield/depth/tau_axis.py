@@ -103,6 +103,11 @@ class TauAxis(nn.Module):
         """
         if self.offset is None:
             return (id(self.anchor),)
+        if isinstance(self.offset, torch.fx.Proxy):
+            raise TypeError(
+                "a mean-field layer reads the order of its blocks when it runs, which torch.fx.symbolic_trace (and so "
+                "prepare_qat_fx) cannot follow; torch.compile, torch.export and the eager prepare_qat can"
+            )
         return id(self.anchor), id(self.offset), -1 if self.offset.is_inference() else self.offset._version
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TauAxis:

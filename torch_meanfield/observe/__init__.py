@@ -8,3 +8,4 @@ from torch_meanfield.observe.observer import run as run
 from torch_meanfield.observe.observer import tensors_in as tensors_in
 from torch_meanfield.observe.observer import undisturbed as undisturbed
 from torch_meanfield.observe.precision import InDouble as InDouble
+from torch_meanfield.observe.quantised import fake_quantiser as fake_quantiser

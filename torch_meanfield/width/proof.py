@@ -17,12 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torch_meanfield.observe import InDouble, private_copy, run, tensors_in, undisturbed
+from torch_meanfield.observe import InDouble, fake_quantiser, private_copy, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, draw_, nudge_, randomise_
 from torch_meanfield.particles import Population, Slice, transport_
 from torch_meanfield.particles.population import named_tensors
 from torch_meanfield.width.neurons import Neurons
-from torch_meanfield.width.reparametrised import fake_quantiser
 
 UNCHANGED = 1e-10  # relative; true populations reach 1e-14
 CHANGED = 1e-7  # a thousand times that: what the proof could not see, it must not call unchanged

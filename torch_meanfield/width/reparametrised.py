@@ -18,7 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from torch_meanfield.observe import undisturbed
+from torch_meanfield.observe import fake_quantiser, undisturbed
 from torch_meanfield.particles import Slice
 from torch_meanfield.width.neurons import Neurons
 
@@ -72,20 +72,6 @@ class Reparametrised:
                     f"replaced changes others"
                 )
         return None
-
-
-def fake_quantiser(model: nn.Module) -> str | None:
-    """The first module of quantisation-aware training in ``model``, outside of parametrizations; ``None`` if none is.
-
-    By the name of its class, as in ``torch.ao.quantization`` and torchao: importing either takes long.
-    """
-    inside: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, ParametrizationList):
-            inside.update(id(m) for m in module.modules())
-        elif "FakeQuant" in type(module).__name__ and id(module) not in inside:
-            return f"{name or 'the model'} ({type(module).__name__})"
-    return None
 
 
 def _of(module: nn.Module, prefix: str) -> list[_Computed]:
