@@ -115,9 +115,9 @@ def new():
 
 
 plain = new()
-backbone = convert(plain)
-print(conversion_report(backbone))
 pixels = images.unsqueeze(1)
+backbone = convert(plain, pixels[:1])
+print(conversion_report(backbone))
 assert torch.equal(backbone.eval()(pixels[:8]), plain.eval()(pixels[:8]))
 
 backbone.train()
