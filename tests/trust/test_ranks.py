@@ -198,7 +198,7 @@ def test_each_row_and_each_sample_goes_to_one_rank(monkeypatch, of):
 
 
 def test_one_ranks_part_stands_for_all(monkeypatch):
-    saved = {"world_size": 2, "batch": [6, 3, 1], "populations": [{"recorded": None}]}
+    saved = {"world_size": 2, "batch": [6, 3, 1], "populations": [{"recorded": None}], "ranks": None}
     assert _share(monkeypatch, saved, 0, 1) == {"batch": [12, 3, 1], "recorded": [None]}
     assert _share(monkeypatch, saved, 1, 2) == {"batch": [6, 3, 1], "recorded": [None]}
     assert [_share(monkeypatch, saved, rank, 4)["batch"][0] for rank in range(4)] == [3, 3, 3, 3]

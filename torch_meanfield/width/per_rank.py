@@ -14,17 +14,17 @@ def share_of(saved: dict[str, Any]) -> dict[str, Any]:
     """What this rank goes on from: its own part, or where there were more or fewer ranks, its share of all parts.
 
     Args:
-        saved: the checked entry of a checkpoint. Without ``"ranks"`` it holds one rank's part, and the others are taken
-            to have seen as much.
+        saved: the checked entry of a checkpoint. Where ``"ranks"`` is ``None`` it holds one rank's part, and the others
+            are taken to have seen as much.
 
     Returns:
         ``"batch"``, the samples counted, and ``"recorded"``, for each population the rows, if any.
     """
     rank, ranks = world()
-    parts: list[dict[str, Any]] = saved.get("ranks") or [
+    parts: list[dict[str, Any]] = saved["ranks"] or [
         {"batch": saved["batch"], "recorded": [entry["recorded"] for entry in saved["populations"]]}
     ]
-    known, before = len(parts), saved.get("world_size", 1)
+    known, before = len(parts), saved["world_size"]
     if ranks == before:
         return parts[rank if known == before else 0]
     _, steps, wanted = parts[0]["batch"]

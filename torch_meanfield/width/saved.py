@@ -14,8 +14,8 @@ from torch_meanfield.width.laws import Law
 from torch_meanfield.width.per_rank import share_of
 
 KEY = "birth_death"
-VERSION = 2
-_KEYS = {"version", "clock", "generator", "batch", "populations"}
+VERSION = 3
+_KEYS = {"version", "clock", "generator", "batch", "populations", "world_size", "ranks"}
 
 
 def pack(dynamics: Dynamics | None, clock: int, generator: torch.Generator) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def pack(dynamics: Dynamics | None, clock: int, generator: torch.Generator) -> d
         "batch": None if dynamics is None else dynamics.batch.state(),
         "populations": populations if dynamics is not None else None,
         "world_size": world()[1],
+        "ranks": None,
     }
 
 
@@ -89,7 +90,7 @@ def check_version(saved: Any) -> None:
     _expect(populations is None or isinstance(populations, list), f"{where}['populations']", populations, "a list")
     for i, entry in enumerate(populations or ()):
         _check_entry(entry, f"{where}['populations'][{i}]")
-    size, ranks = saved.get("world_size", 1), saved.get("ranks")
+    size, ranks = saved["world_size"], saved["ranks"]
     _expect(_is_count(size) and size > 0, f"{where}['world_size']", size, "a number of processes")
     fits = ranks is None or (isinstance(ranks, list) and len(ranks) == size and populations is not None)
     _expect(fits, f"{where}['ranks']", ranks, f"a list of the parts of {size} ranks")
@@ -190,7 +191,7 @@ def check(saved: dict[str, Any], dynamics: Dynamics) -> None:
         recorder = dynamics.recorders.get(i)
         if recorder is not None:
             _check_widths(entry["recorded"], recorder, f"{where}['recorded']")
-            for rank, part in enumerate(saved.get("ranks") or ()):
+            for rank, part in enumerate(saved["ranks"] or ()):
                 at = f"state_dict[{KEY!r}]['ranks'][{rank}]['recorded'][{i}]"
                 _check_widths(part["recorded"][i], recorder, at)
 
