@@ -7,10 +7,8 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := torch_meanfield recipes tests benchmarks
-# Ruff reads no setup.cfg, so its whole configuration is this line.
-RUFF := --line-length 120 --target-version py310
 
-.PHONY: help install demo test test-oldest coverage mutation soak lint types zoo build clean
+.PHONY: help install demo test test-oldest coverage mutation soak lint format format-check types zoo build clean
 
 help:
 	@echo "make demo   train the vanilla twin and mean-field ResNets on digits; table and picture in runs/demo"
@@ -19,7 +17,7 @@ help:
 	@echo "make coverage   run them and fail if they reach less than 95 % of the package's lines"
 	@echo "make mutation   test the tests: mutants of the modules that move particles; benchmarks/results/mutation.md"
 	@echo "make soak   kills, overflows, 100,000 steps, mutated files at length; benchmarks/results/soak.md"
-	@echo "make lint   ruff          make types   mypy --strict on the package"
+	@echo "make lint   ruff          make format   ruff format          make types   mypy --strict on the package"
 	@echo "make zoo    convert every model of timm and torchvision; benchmarks/results/zoo*.csv"
 	@echo "make build  wheel and source archive in dist/"
 	@echo "make clean  remove the environment and everything that was built"
@@ -63,7 +61,13 @@ soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 lint: $(STAMP)
-	$(BIN)/ruff check $(RUFF) --select E,W,F,I,UP,B,C4,RUF100 $(wildcard $(SOURCES))
+	$(BIN)/ruff check $(wildcard $(SOURCES))
+
+format: $(STAMP)
+	$(BIN)/ruff format $(wildcard $(SOURCES))
+
+format-check: $(STAMP)
+	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 
 types: $(STAMP)
 	$(BIN)/mypy --strict torch_meanfield

@@ -86,8 +86,8 @@ def examine(name: str, literally: bool) -> dict[str, Any]:
     """One row, without the file."""
     import torch
 
-    from torch_meanfield.width.discover import find_populations
-    from torch_meanfield.width.proof import verify
+    from torch_meanfield.width.search.find import find_populations
+    from torch_meanfield.width.search.proof import verify
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     import timm  # noqa: F401  (before the children are forked)
 
-    import torch_meanfield.width.discover  # noqa: F401
+    import torch_meanfield.width.search.find  # noqa: F401
 
     rows: dict[str, dict[str, Any]] = {}
     if RESULTS.exists():

@@ -104,9 +104,7 @@ def measure(depth: int, batch: int, repeats: int, device: torch.device, autocast
         print(f"\r  resnet{depth}: repeat {r + 1}/{repeats}", end="", flush=True)
     gc.enable()
     print()
-    ratios = {
-        name: sorted(t / v for t, v in zip(seconds[name], seconds["vanilla"], strict=True)) for name in names
-    }
+    ratios = {name: sorted(t / v for t, v in zip(seconds[name], seconds["vanilla"], strict=True)) for name in names}
     return {
         "model": f"resnet{depth}",
         "batch": batch,

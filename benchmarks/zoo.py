@@ -131,9 +131,7 @@ def shape_of(examples: Any) -> str:
     return "x".join(map(str, examples.shape[1:]))
 
 
-def on_smallest_input(
-    build: Callable[..., Any], shapes: Sequence[tuple[int, ...]]
-) -> tuple[Any, Any, dict[str, int]]:
+def on_smallest_input(build: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> tuple[Any, Any, dict[str, int]]:
     """The model made for the smallest of ``shapes`` it takes, two such inputs, and the arguments it was made with."""
     import torch
 

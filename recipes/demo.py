@@ -115,9 +115,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 def draw(outcome: Outcome, seed: int, made_by: dict[str, Any], path: Path) -> None:
     """The picture: one panel for each stage."""
-    trajectories = {
-        f"stage {i + 1}": trajectory for i, trajectory in enumerate(outcome.monitor.trajectories.values())
-    }
+    trajectories = {f"stage {i + 1}": trajectory for i, trajectory in enumerate(outcome.monitor.trajectories.values())}
     versions = made_by["versions"]
     details = (
         f"digits (scikit-learn), seed {seed}, test error {outcome.error:.1f} %; horizon T = 1, tau at 3 times the "

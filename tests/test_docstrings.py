@@ -13,7 +13,7 @@ import torch_meanfield
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(torch_meanfield.__path__, "torch_meanfield.")
-    if not name.startswith(("torch_meanfield.lightning", "torch_meanfield.depth.timm_models"))
+    if not name.startswith(("torch_meanfield.lightning", "torch_meanfield.models.timm"))
 ]
 
 

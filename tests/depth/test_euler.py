@@ -38,9 +38,7 @@ def test_agrees_with_the_plain_step_and_its_gradients(name):
     torch.testing.assert_close(ours, plain)
     inputs = [x, step, *branch.parameters()]
     g = torch.randn_like(plain)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, g), torch.autograd.grad(plain, inputs, g), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(plain, inputs, g), strict=True):
         torch.testing.assert_close(a, b)
 
 

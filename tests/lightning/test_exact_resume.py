@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from torch_meanfield import BirthDeathOptimizer, subscribe
 from torch_meanfield.lightning import ExactResume
-from torch_meanfield.lightning.plain_names import name_plainly_
+from torch_meanfield.lightning.resume.plain_names import name_plainly_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 EPOCHS, BATCHES = 3, 4

@@ -8,7 +8,7 @@ from torch import nn
 from torch_meanfield import MeanFieldSequential, Population, Slice, Stack, transport_
 from torch_meanfield.particles import place_
 from torch_meanfield.particles.copying import is_sharded, whole, write_
-from torch_meanfield.particles.rows import forget_rows_, read_rows, scale_rows_, write_rows_
+from torch_meanfield.particles.slices import forget_rows_, read_rows, scale_rows_, write_rows_
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed with gloo")
 

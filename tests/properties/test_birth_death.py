@@ -13,9 +13,9 @@ from tests.properties.strategies import SEEDS
 from tests.trust.mutations import fingerprint
 from tests.width.optimizers import OPTIMIZERS, Net, batch, train, wrap
 from torch_meanfield import Slice, transport_
-from torch_meanfield.width import rates
-from torch_meanfield.width.neurons import neurons_from
-from torch_meanfield.width.newborns import split_
+from torch_meanfield.particles.neurons import neurons_from
+from torch_meanfield.width.births.newborns import split_
+from torch_meanfield.width.turnover import rates
 
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "births": st.sampled_from(("clone", "split", "reinject")),

@@ -1,6 +1,5 @@
 """Every configuration runs on a data set of its own layout, and the eight rows are the published protocol."""
 
-
 import pytest
 import yaml
 

@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from tests.trust.digits import EVERY, Net, average_of, digits, optimizer_of
 from torch_meanfield import subscribe
-from torch_meanfield.depth import resort
+from torch_meanfield.depth import sorting as resort
 from torch_meanfield.particles import events, optimizer_state
 
 

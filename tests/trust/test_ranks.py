@@ -174,7 +174,7 @@ def _saved(ranks):
 
 
 def _share(monkeypatch, saved, rank, of):
-    from torch_meanfield.width import per_rank
+    from torch_meanfield.width.optimizer import per_rank
 
     monkeypatch.setattr(per_rank, "world", lambda: (rank, of))
     return per_rank.share_of(saved)

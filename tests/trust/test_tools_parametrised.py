@@ -18,7 +18,7 @@ from tests.trust.digits import differences
 from torch_meanfield import BirthDeathOptimizer, MeanFieldSequential, conversion_report, convert, fold
 from torch_meanfield.particles import Slice
 from torch_meanfield.width import Neurons, find_populations, verify
-from torch_meanfield.width.reparametrised import Reparametrised
+from torch_meanfield.width.search.reparametrised import Reparametrised
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*deprecated"),

@@ -18,7 +18,7 @@ from torch_meanfield import (
 )
 from torch_meanfield.convert.examples import residual_network
 from torch_meanfield.width import Event, Neurons
-from torch_meanfield.width.blocks import Blocks, blocks_of
+from torch_meanfield.width.turnover.blocks import Blocks, blocks_of
 
 N = 6
 

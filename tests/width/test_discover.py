@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torch_meanfield.observe import Call, observe, private_copy
 from torch_meanfield.observe.observer import plain_name
-from torch_meanfield.width.discover import find_populations
+from torch_meanfield.width.search.find import find_populations
 
 
 def deep() -> nn.Sequential:

@@ -18,7 +18,7 @@ from tests.width.optimizers import Net, backward, same, train, weights, wrap
 from tests.width.test_rates import literal_event
 from torch_meanfield import MeanFieldSequential, subscribe
 from torch_meanfield.width import BirthDeathOptimizer, Event, rates
-from torch_meanfield.width.blocks import Blocks
+from torch_meanfield.width.turnover.blocks import Blocks
 
 
 def plain_reference(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_meanfield.width.discover import find_populations
+from torch_meanfield.width.search.find import find_populations
 
 Columns = set[tuple[str, int, int, int, str]]
 

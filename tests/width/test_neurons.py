@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torch_meanfield.particles import Slice, Stack, transport_
-from torch_meanfield.width.neurons import Neurons, neurons_from
+from torch_meanfield.particles.neurons import Neurons, neurons_from
 
 
 def mlp() -> nn.Sequential:

@@ -8,7 +8,7 @@ from torch import nn
 
 from torch_meanfield.particles import Slice
 from torch_meanfield.width import Neurons
-from torch_meanfield.width.potentials import Averages, potential
+from torch_meanfield.width.turnover.potentials import Averages, potential
 
 
 def population_of(*outgoing: Slice) -> Neurons:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from torch_meanfield.particles import Motion, Slice, subscribe
+from torch_meanfield.particles.neurons import Neurons, neurons_from
 from torch_meanfield.particles.population import named_tensors
-from torch_meanfield.width.discover import find_populations
-from torch_meanfield.width.neurons import Neurons, neurons_from
-from torch_meanfield.width.proof import Prover, verify
+from torch_meanfield.width.search.find import find_populations
+from torch_meanfield.width.search.proof import Prover, verify
 
 
 def conv_net() -> nn.Sequential:

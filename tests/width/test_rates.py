@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from torch_meanfield.width import rates
+from torch_meanfield.width.turnover import rates
 
 
 def literal_event(potential: list[float], rate_dt: float, draws: torch.Tensor) -> list[int]:

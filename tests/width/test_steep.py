@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from torch_meanfield.particles import Slice
 from torch_meanfield.width import BirthDeathOptimizer, Neurons, births
-from torch_meanfield.width.activations import KNOWN, recognise
-from torch_meanfield.width.births import steep_values
-from torch_meanfield.width.capture import Recorder, site_of
-from torch_meanfield.width.laws import Law, laws_of
-from torch_meanfield.width.newborns import draw
-from torch_meanfield.width.settings import Settings
-from torch_meanfield.width.steep import landscape, place
+from torch_meanfield.width.births.activations import KNOWN, recognise
+from torch_meanfield.width.births.initialisers import Law, laws_of
+from torch_meanfield.width.births.landscape import landscape, place
+from torch_meanfield.width.births.newborns import draw
+from torch_meanfield.width.births.recorder import Recorder, site_of
+from torch_meanfield.width.births.steep_births import steep_values
+from torch_meanfield.width.optimizer.settings import Settings
 
 
 class Mlp(nn.Module):

@@ -23,9 +23,7 @@ def test_timm_schedulers_drive_the_wrapper_as_they_drive_a_bare_optimizer(sched:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         if wrapped:
             optimizer = wrap(model, optimizer)
-        scheduler, epochs = create_scheduler_v2(
-            optimizer, sched=sched, num_epochs=6, warmup_epochs=2, decay_epochs=2
-        )
+        scheduler, epochs = create_scheduler_v2(optimizer, sched=sched, num_epochs=6, warmup_epochs=2, decay_epochs=2)
         out = []
         for epoch in range(epochs):
             backward(model, epoch)

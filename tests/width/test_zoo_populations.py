@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torch_meanfield.width.discover import find_populations
-from torch_meanfield.width.proof import verify
+from torch_meanfield.width.search.find import find_populations
+from torch_meanfield.width.search.proof import verify
 
 timm = pytest.importorskip("timm")
 

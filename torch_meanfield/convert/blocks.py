@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from torch_meanfield.convert.algebra import NotScalable, powers
-from torch_meanfield.convert.likeness import Description, Reads, describe
+from torch_meanfield.convert.description import Description, Reads, describe
 from torch_meanfield.convert.residual import Addition, additions, nested_additions, origin
+from torch_meanfield.convert.scaling import NotScalable, powers
 from torch_meanfield.convert.trace import ModuleCall, Trace, Value
 
 

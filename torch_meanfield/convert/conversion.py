@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from torch_meanfield.convert.blocks import Block, chains, find_blocks
+from torch_meanfield.convert.description import difference, reads_recorded
 from torch_meanfield.convert.example import example_for
-from torch_meanfield.convert.likeness import difference, reads_recorded
 from torch_meanfield.convert.report import RECORD, ConversionReport, FixedBlock, Record, StageReport
 from torch_meanfield.convert.segments import segments
 from torch_meanfield.convert.sites import Site, attach, detach, site_of
 from torch_meanfield.convert.stage import ConvertedStage, stages_of
 from torch_meanfield.convert.trace import trace
-from torch_meanfield.convert.verify import Inputs, Trial, make_sites
+from torch_meanfield.convert.trial import Inputs, Trial, make_sites
 from torch_meanfield.depth.tau_axis import check_horizon
 from torch_meanfield.observe import fake_quantiser, private_copy
 

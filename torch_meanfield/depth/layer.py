@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_meanfield.depth import rebirth
-from torch_meanfield.depth.resort import register, sort_
+from torch_meanfield.depth import resample
+from torch_meanfield.depth.sorting import register, sort_
 from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries, projected
 from torch_meanfield.particles import Population
 from torch_meanfield.particles.averages import lineage_of
@@ -103,12 +103,12 @@ class MeanFieldLayer(nn.Module):
         return self.tau_axis.offset
 
     def potential(self) -> Tensor | None:
-        """Of every branch, its step size times the loss's derivative by it, shape ``(n,)``; see :mod:`.rebirth`."""
-        return rebirth.potential(self)
+        """Of every branch, its step size times the loss's derivative by it, shape ``(n,)``; see :mod:`.resample`."""
+        return resample.potential(self)
 
     def resample_(self, index: Tensor, optimizers: Iterable[Optimizer] = (), cause: str = "birth_death") -> Tensor:
-        """Let branches die and be cloned at a fixed number, their intervals re-divided; see :mod:`.rebirth`."""
-        return rebirth.resample_(self, index, optimizers, cause)
+        """Let branches die and be cloned at a fixed number, their intervals re-divided; see :mod:`.resample`."""
+        return resample.resample_(self, index, optimizers, cause)
 
     def check_untied(self, model: nn.Module) -> None:
         """See that no module of ``model`` but the particles' own uses what they own.

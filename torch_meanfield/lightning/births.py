@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torch_meanfield.lightning.plot_births import plot_births
-from torch_meanfield.lightning.turnover import COUNTS, Turnover
+from torch_meanfield.record.plot_births import plot_births
+from torch_meanfield.record.turnover import COUNTS, Turnover
 from torch_meanfield.width import BirthDeathOptimizer, Event, Neurons
-from torch_meanfield.width.blocks import Blocks
+from torch_meanfield.width.turnover.blocks import Blocks
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torch_meanfield.depth.layer import MeanFieldLayer
-from torch_meanfield.lightning.plot import plot_tau
-from torch_meanfield.lightning.trajectories import Trajectory
 from torch_meanfield.particles import Motion, subscribe
 from torch_meanfield.particles.copying import whole
+from torch_meanfield.record.plot_tau import plot_tau
+from torch_meanfield.record.trajectories import Trajectory
 
 FORCES = ("tau_grad", "potential")
 
@@ -42,7 +42,7 @@ class MeanFieldMonitor(Callback):
     - ``tau_grad/LAYER/L``: the loss's derivative by the position of the particle that was L-th in time, in the step
       that led here (before any clipping);
     - ``potential/LAYER/L``: its potential in that step, the step size times the loss's derivative by it
-      (:func:`torch_meanfield.depth.rebirth.potential`); not with automatic re-sorting off, when slots are out of order.
+      (:func:`.resample.potential`); not with automatic re-sorting off, when slots are out of order.
 
     At the end of `fit`, ``tau.png`` (positions and step sizes, see :func:`.plot_tau`) is written to the log directory
     (without a logger: the trainer's root directory), if matplotlib is installed. Trajectories and counts are part of

@@ -4,6 +4,8 @@ from torch_meanfield.particles.averages import follow as follow
 from torch_meanfield.particles.events import Motion as Motion
 from torch_meanfield.particles.events import subscribe as subscribe
 from torch_meanfield.particles.loading import load_whole_ as load_whole_
+from torch_meanfield.particles.neurons import Neurons as Neurons
+from torch_meanfield.particles.neurons import neurons_from as neurons_from
 from torch_meanfield.particles.placing import place_ as place_
 from torch_meanfield.particles.population import Population as Population
 from torch_meanfield.particles.population import Slice as Slice

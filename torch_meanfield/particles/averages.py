@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch_meanfield.particles.copying import whole
 from torch_meanfield.particles.events import Motion, subscribe
 from torch_meanfield.particles.population import Slice, named_tensors
-from torch_meanfield.particles.rows import write_rows_
+from torch_meanfield.particles.slices import write_rows_
 from torch_meanfield.particles.transport import transport_
 
 

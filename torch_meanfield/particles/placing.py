@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch_meanfield.particles.events import Motion, publish
 from torch_meanfield.particles.optimizer_state import known_optimizers
 from torch_meanfield.particles.population import Population, Slice
-from torch_meanfield.particles.rows import forget_rows_, write_rows_
+from torch_meanfield.particles.slices import forget_rows_, write_rows_
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""How units are born: initialisers, reinjection, splitting, and placement where the loss is steep."""

@@ -1,0 +1,96 @@
+"""The laws newborn units are drawn from: the layer's own initialiser, or the moments its weights began with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from torch_meanfield.particles import Slice
+from torch_meanfield.particles.copying import whole
+from torch_meanfield.particles.neurons import Neurons
+
+# initializer(rows, generator): fill one tensor for each incoming column in place, entry j for newborn j.
+Initializer = Callable[[Sequence[Tensor], torch.Generator], None]
+
+
+@dataclass(frozen=True)
+class Law:
+    """One column's law: ``mean + spread * noise``, the noise uniform on [-1, 1] or standard normal.
+
+    Attributes:
+        mean: location.
+        spread: half the width of the uniform law, or the standard deviation of the normal one.
+        uniform: which of the two.
+    """
+
+    mean: float
+    spread: float
+    uniform: bool
+
+    def draw(self, shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+        """Independent draws of ``shape``, in the dtype and on the device of ``like``."""
+        # Half precision has no generator of its own everywhere; float32 draws are the same numbers on every dtype.
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        out = torch.empty(tuple(shape), dtype=wide, device=like.device)
+        if self.spread == 0:
+            return out.fill_(self.mean).to(like.dtype)
+        if self.uniform:
+            out.uniform_(self.mean - self.spread, self.mean + self.spread, generator=generator)
+        else:
+            out.normal_(self.mean, self.spread, generator=generator)
+        return out.to(like.dtype)
+
+
+def particle_shape(column: Slice, count: int) -> tuple[int, ...]:
+    """Shape of ``count`` particles' entries of ``column``: that of ``by_particle`` with ``count`` in place of n."""
+    shape = list(column.by_particle(column.tensor.detach()).shape)
+    shape[column.dim + 1] = count
+    return tuple(shape)
+
+
+@torch.no_grad()
+def laws_of(population: Neurons, model: nn.Module | None) -> dict[int, Law]:
+    """The law of every incoming and own column, by its place among the columns.
+
+    A ``Linear`` or convolution whose weights still have the scale that ``reset_parameters`` gives them (as in a model
+    that was not loaded) keeps that law, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weight and bias. Every other tensor,
+    a declared one without a module among them, is drawn from the normal law of the mean and deviation it has now,
+    which is its constant where it is constant (gains, fresh running statistics).
+
+    Reads the values once; to be called when an optimizer is wrapped, not while it steps.
+    """
+    homes = _homes(model)
+    laws = {}
+    for i, (column, role) in enumerate(zip(population.slices(population.columns), population.roles, strict=True)):
+        if role == "out":
+            continue
+        module = homes.get(id(column.tensor))
+        bound = _reset_bound(module) if role == "in" and module is not None else None
+        value = whole(column.tensor).double()
+        mean, std = value.mean().item(), value.std(correction=0).item() if value.numel() > 1 else 0.0
+        laws[i] = Law(mean, std, uniform=False) if bound is None else Law(0.0, bound, uniform=True)
+    return laws
+
+
+def _homes(model: nn.Module | None) -> dict[int, nn.Module]:
+    modules = [] if model is None else list(model.modules())
+    return {id(t): m for m in modules for t in m.parameters(recurse=False)}
+
+
+def _reset_bound(module: nn.Module) -> float | None:
+    """``1/sqrt(fan_in)`` if ``module`` draws from U(+-that) and its weights look like it, else ``None``."""
+    reset = getattr(type(module), "reset_parameters", None)
+    if reset not in (nn.Linear.reset_parameters, _ConvNd.reset_parameters):
+        return None
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.is_meta or getattr(module, "transposed", False):
+        return None
+    bound = 1 / math.sqrt(weight.shape[1:].numel())
+    std = whole(weight).double().square().mean().sqrt().item()
+    # a second moment, not a deviation: units pushed to one side (dead ones, say) do not change it
+    return bound if abs(std * math.sqrt(3) / bound - 1) < 0.1 else None

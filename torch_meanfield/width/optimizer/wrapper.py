@@ -1,0 +1,408 @@
+"""``BirthDeathOptimizer``: any optimizer, with birth and death of neurons."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from torch_meanfield.particles.neurons import Neurons
+from torch_meanfield.particles.no_compile import eagerly
+from torch_meanfield.particles.optimizer_state import check_flat, check_state
+from torch_meanfield.particles.population import Slice, tensors_of
+from torch_meanfield.width.births.initialisers import Initializer
+from torch_meanfield.width.optimizer import checkpoint as saved
+from torch_meanfield.width.optimizer.declared import declared
+from torch_meanfield.width.optimizer.discovery import Glimpse, discovered
+from torch_meanfield.width.optimizer.settings import Births, Scheme, Settings
+from torch_meanfield.width.optimizer.sharing import SharingOptimizer, with_own_hooks
+from torch_meanfield.width.optimizer.wrapped_state import check_wrapped
+from torch_meanfield.width.turnover.blocks import Blocks
+from torch_meanfield.width.turnover.dynamics import Dynamics, Event
+
+Declared = Neurons | nn.Module | Sequence[Slice | tuple[Tensor, int]]
+
+
+class BirthDeathOptimizer(SharingOptimizer):
+    r"""Wrap an optimizer: it goes on stepping as it did, and every ``every`` steps units are killed and born.
+
+    The potential of a unit, :math:`V_i = \sum_k a_{ik}\,\partial E/\partial a_{ik}` over its outgoing weights, is
+    read at each step from gradients that exist anyway and averaged over steps. At an event, in each population,
+
+    - ``scheme="standing_out"`` (the default) replaces units whose averaged potential is positive and stands out of
+      its own noise (the loss falls as they shrink) if the loss is expected to fall when they are gone, too
+      (:func:`.removal`), and units whose potential has been exactly 0 for a whole window
+      (they reach nothing: dead ReLUs). It needs no tuning from layer to layer; this is why it is the default. Rates
+      proportional to V, read off a mini-batch, are mostly noise, differ by orders of magnitude between layers, and
+      destroy good units. Where the loss is not a negative log-likelihood (or a mean square) of natural scale, scale
+      it: the expected fall weighs V against its square. Clipping scales gradients down as well: where it cuts them to
+      a tenth at most steps, the margin that protects good units is used up, and ``rate=0`` is the safe choice.
+    - ``scheme="exact"`` is the theory, (34) and (37):
+      :math:`\partial_t\mu = \nabla\cdot(\mu\nabla V) - \alpha (V - \bar V)\mu` with alpha = ``rate``. Time is the
+      sum of the learning rates (see :func:`~torch_meanfield.width.turnover.potentials.potential` for the factor n); the
+      population is kept exactly. To check theory with, on potentials that are (nearly) exact.
+
+    What takes a vacant place:
+
+    - ``births="reinject"``: a unit drawn anew from the layer's own initialiser, optimizer state fresh. With
+      outgoing weights 0 its birth leaves the network's function as it was. With ``steep`` (where the population
+      lies between two ``Linear`` layers or convolutions) its incoming weights are the steepest of ``candidates``
+      draws: those whose outgoing weights would get the largest gradient, refined by ascending it; and if it
+      replaces a *harmful* unit, with no norm in between, it is born with outgoing weights against that gradient:
+      ``mass`` times the population's median, times the share in which the sampled rows agree on it (0.3 in a planted
+      network, 0.03 on images, where most rows are fitted already and a full unit would be too much). Mass is so
+      teleported to where it is wanted.
+    - ``births="split"``: half of another unit (outgoing weights shared, so that the function is kept), slightly
+      moved. ``births="clone"``: an exact duplicate, as published. Optimizer state moves along with both.
+
+    The residual blocks of a mean-field layer with learnable times are a population too: the potential of a block is
+    its step size times the loss's derivative by it; a dead block leaves its time to a neighbour, and a clone shares
+    its parent's interval, so that the function changes by :math:`O(\Delta\tau^2)`. Blocks are always cloned,
+    whatever ``births`` says.
+
+    Everything stays on the device, with one read per event and none on other steps. (Under a ``GradScaler`` torch reads
+    at each step whether it overflowed, except for fused optimizers, for which it is read here.) A step that was
+    skipped has never been: it is not counted, and nothing of it is remembered. Nothing happens on gradients that are
+    not finite, and in populations with a frozen parameter.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``. ``param_groups``, ``state`` and ``defaults`` are shared with it.
+        model: the module whose units these are, the one that is called. Needed by ``populations="auto"``; for
+            declared populations it finds the layers' initialisers and lets averaged copies follow.
+        populations: ``"auto"``: found by :func:`~torch_meanfield.width.find_populations` and proven; or a population,
+            or a list of them, each a :class:`~torch_meanfield.width.Neurons`, a list of ``(tensor, dim)`` whose
+            last entry is the outgoing weights, or a mean-field layer, whose blocks are meant.
+        rate: ``standing_out``: the largest share of a population replaced as harmful in one event, rounded down, so
+            that a handful of units (attention heads, the blocks of a stage) loses none that works; ``exact``: alpha.
+            0 (with ``reinject=0``) gives the wrapped optimizer bit for bit.
+        every: steps from one event to the next.
+        births: ``"reinject"``, ``"split"`` or ``"clone"``; ``None``: ``"clone"`` under ``exact``, else ``"reinject"``.
+        scheme: ``"standing_out"`` or ``"exact"``.
+        reinject: besides, the share of the units that are replaced at each event, at random, by units drawn anew with
+            outgoing weights 0: the measure of full support that global convergence asks for.
+        steep: whether newborn units are placed where the potential is steep, where that can be seen.
+        mass: outgoing weights of a unit born in a harmful one's place if all rows agreed, in medians of the population;
+            0: none, every birth leaves the function as it is.
+        candidates: draws of which the steepest are taken; fewer in wide layers, so that an event stays cheap.
+        window: steps over which potentials are averaged; ``None``: half of ``every``, 1 under ``exact``.
+        threshold: how far a potential must stand out, in standard errors of its own average.
+        batch_size: samples whose mean a step's gradient is, over all ranks; ``None``: counted at a layer of ``model``,
+            unless that is compiled or run under ``vmap``. Without either no unit is replaced as harmful, and a warning
+            says so.
+        initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
+            place, newborn units along the column's dimension; ``None``: the layer's own law, else normal draws with
+            the moments the column had when it was wrapped.
+        example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Give it if runs
+            are resumed: from a checkpoint made while the landscape before an event was being recorded (the last 40
+            steps), only a wrapper that knows its populations from the start resumes bit for bit.
+        seed: of the generator, which must be alike on all data-parallel ranks.
+
+    Attributes:
+        enabled: set it to ``False`` to let the population rest, as for the last part of a training.
+        populations: those that are acted on (empty until the first step if they are found from the first input).
+        clock: optimizer steps seen.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is changed: see
+            :class:`.Settings`, :func:`.neurons_from`; a
+            parameter that the optimizer does not own; units whose weights are computed from others so that a birth
+            would change more than itself (:mod:`.reparametrised`); blocks tied to other modules;
+            ``"auto"`` without a model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
+        >>> optimizer = BirthDeathOptimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1), model,
+        ...     populations=[(model[0].weight, 0), (model[0].bias, 0), (model[2].weight, 1)],
+        ... )
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> isinstance(optimizer, torch.optim.Optimizer), optimizer.clock
+        (True, 1)
+
+    Source: Rotskoff, Jelassi, Bruna, Vanden-Eijnden 2019 (arXiv:1902.01843); Rotskoff 2020, (33)-(37).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | None = None,
+        *,
+        populations: Literal["auto"] | Declared | Sequence[Declared] = "auto",
+        rate: float = 0.1,
+        every: int = 200,
+        births: Births | None = None,
+        scheme: Scheme = "standing_out",
+        reinject: float = 0.0,
+        steep: bool = True,
+        mass: float = 2.0,
+        candidates: int = 1024,
+        window: float | None = None,
+        threshold: float = 3.0,
+        batch_size: int | None = None,
+        initializer: Initializer | None = None,
+        example_input: Any = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer)
+        if births is None:
+            births = "clone" if scheme == "exact" else "reinject"
+        if window is None:
+            window = 1.0 if scheme == "exact" else max(1.0, every / 2) if isinstance(every, int) else 1.0
+        self.settings = Settings(
+            rate, every, births, scheme, reinject, bool(steep), mass, candidates, window, threshold, batch_size
+        )
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+        if initializer is not None and not callable(initializer):
+            raise TypeError(f"initializer must be callable or None, got {type(initializer).__name__}")
+        self.clock = 0
+        self.enabled = True
+        self._model, self._initializer = model, initializer
+        self._generator = torch.Generator().manual_seed(seed)
+        self._callbacks: OrderedDict[int, Callable[[Event], None]] = OrderedDict()
+        self._dynamics: Dynamics | None = None
+        self._glimpse: Glimpse | None = None
+        self._pending: dict[str, Any] | None = None  # a state dict loaded before the populations were known
+        self._checked = False
+        if isinstance(populations, str):
+            if populations != "auto":
+                raise ValueError(f"populations must be 'auto' or a declaration of populations, got {populations!r}")
+            if model is None:
+                raise ValueError(
+                    "populations='auto' needs model=, the module whose units are to be found; or declare them"
+                )
+            if example_input is not None:
+                self._settle(discovered(model, example_input, optimizer))
+            elif self.settings.active:
+                self._glimpse = Glimpse(model)
+        else:
+            self._settle(declared(populations, model, optimizer))
+
+    @property
+    def populations(self) -> list[Neurons | Blocks]:
+        """The populations that are acted on."""
+        return [] if self._dynamics is None else list(self._dynamics.populations)
+
+    def _settle(self, populations: list[Neurons | Blocks]) -> None:
+        dynamics = Dynamics(populations, self._model, self.settings, self._generator, self._initializer)
+        if self._pending is not None:
+            saved.check(self._pending, dynamics)
+            saved.unpack_(self._pending, dynamics)
+            self._pending = None
+        self._dynamics = dynamics
+        dynamics.watch(self.clock)
+
+    # -- stepping ----------------------------------------------------------------------------------------------
+
+    @with_own_hooks
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Step the wrapped optimizer; every ``every``-th time, let units die and be born.
+
+        Args:
+            closure: passed on; it is called as often as the wrapped optimizer calls it.
+            **kwargs: passed on.
+
+        Raises:
+            TypeError: the optimizer keeps state that cannot be divided among the units (factored, 8-bit, LBFGS).
+            ValueError: a parameter of a population was replaced in the model since it was wrapped.
+        """
+        if not self.settings.active or not self.enabled:
+            return self.optimizer.step(closure, **kwargs) if closure is not None else self.optimizer.step(**kwargs)
+        if self._overflowed():
+            return None
+        if closure is None:
+            seen = self._read()
+            out = self.optimizer.step(**kwargs)
+        else:
+            reads: list[bool] = []
+
+            def watched() -> Any:
+                loss = closure()
+                if not reads:  # a line search calls it again at other places
+                    reads.append(self._read())
+                return loss
+
+            out = self.optimizer.step(watched, **kwargs)
+            seen = any(reads)
+        if seen:
+            self._after()
+        return out
+
+    def _overflowed(self) -> bool:
+        """Whether a ``GradScaler`` has found this step to overflow and leaves it to a fused optimizer to skip it.
+
+        Then that one is not called: it would make its state all the same, SGD's momentum out of unwritten memory.
+        """
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is None or not bool(found_inf.any()):
+            return False
+        if self._dynamics is not None:
+            self._dynamics.forget_step()
+        return True
+
+    @eagerly
+    def _read(self) -> bool:
+        """Take in this step's potentials; whether there was a step to see."""
+        if self._glimpse is not None:
+            example, self._glimpse = self._glimpse.take(), None
+            assert self._model is not None
+            self._settle(discovered(self._model, example, self.optimizer))
+        # Checkpointing makes optimizers initialise by a step with learning rate 0: no time passes in it.
+        rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
+        if all(not isinstance(lr, Tensor) and lr == 0 for lr in rates) or self._dynamics is None:
+            return False
+        if any(isinstance(lr, Tensor) and lr.device.type == "cpu" and not lr.any() for lr in rates):
+            return False
+        self._dynamics.read(self.optimizer)
+        return True
+
+    @eagerly
+    def _after(self) -> None:
+        dynamics = self._dynamics
+        assert dynamics is not None
+        if not self._checked:
+            for population in dynamics.populations:
+                check_flat(self.optimizer, tensors_of(population.columns), population.name)
+                for column in population.columns:
+                    check_state(self.optimizer, column, population.name)
+            self._checked = True
+        self.clock += 1
+        dynamics.advance(self.optimizer)
+        if self.clock % self.settings.every == 0:
+            for event in dynamics.event(self.optimizer, self.clock):
+                for callback in list(self._callbacks.values()):
+                    callback(event)
+        dynamics.watch(self.clock)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See :meth:`torch.optim.Optimizer.zero_grad`."""
+        if self._dynamics is not None:
+            self._dynamics.forget_step()
+        super().zero_grad(set_to_none)
+
+    def register_event_hook(self, callback: Callable[[Event], None]) -> RemovableHandle:
+        """Call ``callback(event)`` after each event that changed something; see :class:`Event`.
+
+        Raises:
+            TypeError: ``callback`` is not callable.
+        """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+        handle = RemovableHandle(self._callbacks)
+        self._callbacks[handle.id] = callback
+        return handle
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters to the optimizer; populations stay as they are."""
+        super().add_param_group(param_group)
+        self._checked = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict, whole, with one key more: ``"birth_death"``.
+
+        Its ``"state"`` and ``"param_groups"`` stay where every tool looks for them, so a bare optimizer loads this
+        dict as it is (torch ignores the key), and this wrapper loads a bare optimizer's. Of what data-parallel ranks
+        see each for itself before an event it holds this rank's part: see :meth:`birth_death_state`.
+        """
+        for pre in list(self._optimizer_state_dict_pre_hooks.values()):
+            pre(self)
+        out = dict(self.optimizer.state_dict())
+        out[saved.KEY] = self._packed()
+        for post in list(self._optimizer_state_dict_post_hooks.values()):
+            result = post(self, out)
+            out = out if result is None else result
+        return out
+
+    def birth_death_state(self) -> dict[str, Any]:
+        """The entry ``"birth_death"`` of :meth:`state_dict` with the parts of all ranks; call it on all of them.
+
+        Any number of ranks can go on from it. To be saved with ``torch.save`` beside what the tools of
+        ``torch.distributed.checkpoint`` take of this optimizer.
+        """
+        return saved.pack_all(self._packed()) if self._pending is None else self._pending
+
+    def load_birth_death_state(self, state: dict[str, Any]) -> None:
+        """Load :meth:`birth_death_state`, after the wrapped optimizer.
+
+        Raises:
+            ValueError: it is damaged or of another model; the entry is named. Nothing has been loaded then.
+        """
+        saved.check_version(state)
+        if self._dynamics is not None:
+            saved.check(state, self._dynamics)
+        self._unpack(state)
+
+    def _packed(self) -> dict[str, Any]:
+        return saved.pack(self._dynamics, self.clock, self._generator) if self._pending is None else self._pending
+
+    def _unpack(self, ours: dict[str, Any]) -> None:
+        self.clock = int(ours["clock"])
+        self._generator.set_state(ours["generator"].cpu())
+        if self._dynamics is None:
+            self._pending = ours
+        else:
+            saved.unpack_(ours, self._dynamics)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, or a bare optimizer's state; then averages begin anew.
+
+        ``param_groups`` and ``state`` stay the objects they are, so schedulers go on driving them.
+
+        Raises:
+            ValueError: the state is damaged or of another model; the entry is named. Nothing has been loaded then.
+        """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
+        for pre in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            result = pre(self, state_dict)
+            state_dict = state_dict if result is None else result
+        bare = saved.KEY not in state_dict
+        ours = state_dict.pop(saved.KEY, None)
+        if not bare:
+            saved.check_version(ours)
+            if self._dynamics is not None:
+                saved.check(ours, self._dynamics)
+        check_wrapped(state_dict, self.optimizer)
+        self.load_wrapped(state_dict)
+        self._checked = False
+        if bare:
+            self.clock = 0
+            if self._dynamics is not None:
+                self._dynamics.begin_anew()
+        else:
+            self._unpack(ours)
+        for post in list(self._optimizer_load_state_dict_post_hooks.values()):
+            post(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        hooks = {k for k in self.__dict__ if k.startswith("_optimizer_")} | {"_callbacks", "_generator", "step"}
+        out = {k: v for k, v in self.__dict__.items() if k not in hooks and k not in ("_opt_called", "_glimpse")}
+        return {**out, "_generator_state": self._generator.get_state(), "_glimpsing": self._glimpse is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        generator, glimpsing = state.pop("_generator_state"), state.pop("_glimpsing")
+        self.__dict__.update(state)
+        self._generator = torch.Generator()
+        self._generator.set_state(generator)
+        self._callbacks = OrderedDict()
+        self._glimpse = Glimpse(self._model) if glimpsing and self._model is not None else None
+        if self._dynamics is not None:
+            self._dynamics.generator = self._generator
+            self._dynamics.batch.resume()
+            for recorder in self._dynamics.recorders.values():
+                recorder.resume()
+        self._make_hooks()
+        self._patch_step_function()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.populations)} populations, {self.settings}) around {self.optimizer!r}"

@@ -1,0 +1,1 @@
+"""Finding populations of neurons in a model, and proving that they are exchangeable."""
