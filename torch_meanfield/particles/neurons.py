@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from torch_meanfield.particles import Population, Slice
-from torch_meanfield.particles.population import Column
+from torch_meanfield.particles.population import Column, Population, Slice
 
 ROLES = ("in", "own", "out")
 
