@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
+
+from torch_meanfield._torch import convolve, is_called_plainly
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -40,7 +41,7 @@ def euler_step(x: Tensor, branch: nn.Module, step: Tensor) -> Tensor:
         h = module(h)
     weight = _scale(last.weight, step)
     bias = None if last.bias is None else _scale(last.bias, step)
-    update: Tensor = F.linear(h, weight, bias) if isinstance(last, nn.Linear) else last._conv_forward(h, weight, bias)
+    update: Tensor = F.linear(h, weight, bias) if isinstance(last, nn.Linear) else convolve(last, h, weight, bias)
     _check_shape(x, update)
     return x + update
 
@@ -66,25 +67,11 @@ def _foldable(branch: nn.Module) -> tuple[list[nn.Module], nn.Conv1d | nn.Conv2d
     last = branch
     while type(last).forward is nn.Sequential.forward:
         children = list(last.children())
-        if not children or _hooked(last):
+        if not children or not is_called_plainly(last):
             return None
         body += children[:-1]
         last = children[-1]
     # exact types: a subclass or a parametrised layer may give its weight another meaning
-    if (type(last) in _CONVS or type(last) is nn.Linear) and not _hooked(last):
+    if (type(last) in _CONVS or type(last) is nn.Linear) and is_called_plainly(last):
         return body, last  # type: ignore[return-value]
     return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._compiled_call_impl is not None
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module_globals._global_forward_hooks
-        or module_globals._global_forward_pre_hooks
-        or module_globals._global_backward_hooks
-        or module_globals._global_backward_pre_hooks
-    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_meanfield._torch import buffers_of, children_of, parameters_of
 from torch_meanfield.depth import resample
 from torch_meanfield.depth.sorting import register, sort_
 from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries, projected
@@ -126,9 +127,9 @@ class MeanFieldLayer(nn.Module):
         for name, module in model.named_modules():
             if id(module) in inside:
                 continue
-            parts: tuple[tuple[str, Any], ...] = (*module._parameters.items(), *module._buffers.items())
+            parts: tuple[tuple[str, Any], ...] = (*parameters_of(module).items(), *buffers_of(module).items())
             tied = [key for key, tensor in parts if tensor is not None and id(tensor) in owned]
-            tied += [k for k, m in module._modules.items() if id(m) in inside and id(m) not in entrances]
+            tied += [k for k, m in children_of(module).items() if id(m) in inside and id(m) not in entrances]
             if tied:
                 raise ValueError(
                     f"{self._label()}: {name + '.' if name else ''}{tied[0]} belongs to one of its branches; when "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from torch_meanfield._torch import children_of
 from torch_meanfield.depth.euler import euler_step
 from torch_meanfield.depth.exchangeable import check_exchangeable
 from torch_meanfield.depth.layer import MeanFieldLayer
@@ -145,7 +146,7 @@ class MeanFieldSequential(MeanFieldLayer):
     # -- a sequence of branches --------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._modules) - 1  # all but the tau axis
+        return len(children_of(self)) - 1  # all but the tau axis
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[i] for i in range(len(self)))
@@ -157,7 +158,7 @@ class MeanFieldSequential(MeanFieldLayer):
             raise TypeError(f"a branch is indexed by an integer, got {type(i).__name__}")
         if not -n <= i < n:
             raise IndexError(f"branch {i} is out of range for {n} branches")
-        return cast(nn.Module, self._modules[str(i % n)])
+        return cast(nn.Module, children_of(self)[str(i % n)])
 
     def _loaded(self, incompatible_keys: Any) -> None:
         self._plain = self._plain and bool((self.steps() == 1).all())

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torch_meanfield.particles.copying import is_sharded, untransformed, whole, write_
+from torch_meanfield._torch import untransformed, version_of
+from torch_meanfield.particles.copying import is_sharded, whole, write_
 
 
 class TauAxis(nn.Module):
@@ -108,7 +109,7 @@ class TauAxis(nn.Module):
                 "a mean-field layer reads the order of its blocks when it runs, which torch.fx.symbolic_trace (and so "
                 "prepare_qat_fx) cannot follow; torch.compile, torch.export and the eager prepare_qat can"
             )
-        return id(self.anchor), id(self.offset), -1 if self.offset.is_inference() else self.offset._version
+        return id(self.anchor), id(self.offset), version_of(self.offset)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TauAxis:
         def keep(t: Tensor) -> Tensor:

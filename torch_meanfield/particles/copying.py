@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from torch_meanfield.particles.population import Slice, Stack
@@ -24,14 +23,6 @@ def whole(tensor: Tensor) -> Tensor:
     """The detached value of ``tensor``, gathered from all ranks if it is sharded."""
     tensor = tensor.detach()
     return cast(Tensor, cast(Any, tensor).full_tensor()) if is_sharded(tensor) else tensor
-
-
-def untransformed(tensor: Tensor) -> Tensor | None:
-    """``tensor`` without the wrappers of ``torch.func.grad``; ``None`` under ``vmap``, where it is many values."""
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return None if functorch.is_batchedtensor(tensor) else tensor
 
 
 def write_(tensor: Tensor, value: Tensor) -> None:

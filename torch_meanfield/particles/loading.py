@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_meanfield._torch import buffers_of, parameters_of
+
 
 def load_whole_(module: nn.Module, state_dict: Mapping[str, Any], *, strict: bool = True, assign: bool = False) -> Any:
     """``module.load_state_dict(...)`` that leaves ``module`` as it was, bit for bit, if it raises.
@@ -86,7 +88,7 @@ def check_entries(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
 @contextmanager
 def unchanged_if_raised(module: nn.Module) -> Iterator[None]:
     """If the body raises, put back every tensor and attribute of ``module`` and of all modules inside."""
-    attributes = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in module.modules()]
+    attributes = [(m, dict(vars(m)), dict(parameters_of(m)), dict(buffers_of(m))) for m in module.modules()]
     tensors: dict[int, Tensor] = {}
     for _, _, parameters, buffers in attributes:
         tensors.update((id(t), t) for t in (*parameters.values(), *buffers.values()) if t is not None)
@@ -97,10 +99,10 @@ def unchanged_if_raised(module: nn.Module) -> Iterator[None]:
         for m, attrs, parameters, buffers in attributes:
             m.__dict__.clear()
             m.__dict__.update(attrs)
-            m._parameters.clear()
-            m._parameters.update(parameters)
-            m._buffers.clear()
-            m._buffers.update(buffers)
+            parameters_of(m).clear()
+            parameters_of(m).update(parameters)
+            buffers_of(m).clear()
+            buffers_of(m).update(buffers)
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)

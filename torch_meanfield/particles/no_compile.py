@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+
+from torch_meanfield._torch import may_compile, never_compiled
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,14 +21,14 @@ def eagerly(function: F) -> F:
     """
     disabled: Any = None
 
+    @never_compiled
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and importing it takes seconds
+        if not may_compile():
             return function(*args, **kwargs)
         if disabled is None:
             disabled = cast(Any, torch.compiler).disable(function)
         return disabled(*args, **kwargs)
 
-    cast(Any, call)._torchdynamo_disable = True  # not to be traced into
     return cast(F, call)

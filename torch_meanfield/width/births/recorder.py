@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_meanfield.particles.copying import untransformed
+from torch_meanfield._torch import untransformed
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.ranks import world
 from torch_meanfield.width.births.activations import Activation

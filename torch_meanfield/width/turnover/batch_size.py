@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_meanfield.particles.copying import untransformed
+from torch_meanfield._torch import untransformed
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.ranks import of_all_ranks
 from torch_meanfield.width.births.recorder import Tap, in_backward

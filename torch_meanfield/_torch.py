@@ -1,0 +1,179 @@
+"""Every private name of torch that the package uses, one small function each; nothing private stands anywhere else.
+
+Tried with torch 2.6.0 (the oldest that is supported) and 2.14.1; ``tests/test_torch_private.py`` calls each
+function once, so that a torch in which one of these names changes fails there first and by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.optim import Optimizer
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------
+
+
+def untransformed(tensor: Tensor) -> Tensor | None:
+    """``tensor`` without the wrappers of ``torch.func.grad``; ``None`` under ``vmap``, where it is many values.
+
+    Wraps ``torch._C._functorch``.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return None if functorch.is_batchedtensor(tensor) else tensor
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` was written in place; -1 for an inference tensor, which does not count.
+
+    Wraps ``Tensor._version``.
+    """
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward pass that is made in it is recomputed from a checkpoint.
+
+    Wraps ``torch._C._current_graph_task_id``.
+    """
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+# -- modules -----------------------------------------------------------------------------------------------------
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of ``module`` itself by name, as it holds them: writing here replaces them.
+
+    Wraps ``Module._parameters``.
+    """
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers of ``module`` itself by name, as it holds them. Wraps ``Module._buffers``."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The submodules of ``module`` by name, as it holds them. Wraps ``Module._modules``."""
+    return module._modules
+
+
+def forward_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
+    """The forward hooks of ``module`` in the order they are called in. Wraps ``Module._forward_hooks``."""
+    return module._forward_hooks
+
+
+def forward_pre_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
+    """The hooks called before ``module.forward``. Wraps ``Module._forward_pre_hooks``."""
+    return module._forward_pre_hooks
+
+
+def backward_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
+    """The full and the old backward hooks of ``module``. Wraps ``Module._backward_hooks``."""
+    return module._backward_hooks
+
+
+def state_dict_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
+    """The hooks called after ``module.state_dict()``. Wraps ``Module._state_dict_hooks``."""
+    return module._state_dict_hooks
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether ``module(x)`` is ``module.forward(x)``: no hook of its own or global, and not ``Module.compile``.
+
+    Wraps ``Module._compiled_call_impl`` and the dictionaries of hooks that ``Module.__call__`` looks at.
+    """
+    return not (
+        module._compiled_call_impl is not None
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def convolve(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of ``layer`` (stride, padding mode, groups) with another weight and bias.
+
+    Wraps ``_ConvNd._conv_forward``.
+    """
+    return cast(Tensor, cast(Any, layer)._conv_forward(x, weight, bias))
+
+
+# -- the compiler ------------------------------------------------------------------------------------------------
+
+
+def may_compile() -> bool:
+    """Whether anything can be compiled in this process: the compiler, which takes seconds to import, is there.
+
+    Wraps the module ``torch._dynamo``, which it does not import.
+    """
+    return "torch._dynamo" in sys.modules
+
+
+def never_compiled(function: F) -> F:
+    """``function``, marked so that what is compiled does not trace into it; it may still be compiled by itself.
+
+    Wraps the attribute ``_torchdynamo_disable``; :func:`.no_compile.eagerly` keeps the compiler out altogether.
+    """
+    cast(Any, function)._torchdynamo_disable = True
+    return function
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------
+
+
+def init_optimizer_hooks(optimizer: Optimizer) -> None:
+    """Give an optimizer that does not call ``Optimizer.__init__`` the dictionaries its hooks are registered in.
+
+    Wraps ``Optimizer._optimizer_*_hooks``.
+    """
+    for name in ("step", "state_dict", "load_state_dict"):
+        for when in ("pre", "post"):
+            optimizer.__dict__.setdefault(f"_optimizer_{name}_{when}_hooks", OrderedDict())
+
+
+def optimizer_hooks(optimizer: Optimizer, name: str) -> MutableMapping[int, Callable[..., Any]]:
+    """The hooks of ``optimizer`` itself: ``name`` is ``"step_pre"``, ``"state_dict_post"`` and so on.
+
+    Wraps ``Optimizer._optimizer_*_hooks``.
+    """
+    return cast("MutableMapping[int, Callable[..., Any]]", getattr(optimizer, f"_optimizer_{name}_hooks"))
+
+
+def patch_step(optimizer: Optimizer) -> None:
+    """Let hooks run around ``optimizer.step``, as ``Optimizer.__init__`` does. Wraps ``_patch_step_function``."""
+    cast(Any, optimizer)._patch_step_function()
+
+
+def mark_hooked(step: F) -> F:
+    """``step``, marked as one that runs hooks itself, so that torch does not run them around it once more.
+
+    Wraps the attribute ``hooked`` that ``Optimizer._patch_step_function`` asks for.
+    """
+    cast(Any, step).hooked = True
+    return step
+
+
+def steps_under_amp(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` unscales gradients in its own step, as fused ones do.
+
+    Wraps ``Optimizer._step_supports_amp_scaling``.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
