@@ -1,6 +1,7 @@
 """Errors come before effects."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from torch import nn
 
 from tests.convert.networks import CifarResNet, Ordinary, Stack, images, stack, tokens
 from torch_meanfield import conversion_report, convert, fold
-from torch_meanfield.convert import conversion
 
 CALLS = [
     (lambda: convert(3), TypeError, "convert: model must be a torch.nn.Module, got int"),
@@ -89,6 +89,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
             raise RuntimeError("half-way")
         attach(module, site)
 
+    conversion = importlib.import_module("torch_meanfield.convert.convert")  # the package exports the function
     attach = conversion.attach
     monkeypatch.setattr(conversion, "attach", failing)
     with pytest.raises(RuntimeError, match="half-way"):

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.convert.networks import CifarResNet, images
 from torch_meanfield import conversion_report, convert
-from torch_meanfield.convert.example import example_for, noise
+from torch_meanfield.convert.example_input import example_for, noise
 
 
 def _configured(**attributes):

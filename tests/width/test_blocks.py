@@ -16,7 +16,7 @@ from torch_meanfield import (
     convert,
     subscribe,
 )
-from torch_meanfield.convert.examples import residual_network
+from torch_meanfield.convert.small_network import residual_network
 from torch_meanfield.width import Event, Neurons
 from torch_meanfield.width.turnover.blocks import Blocks, blocks_of
 

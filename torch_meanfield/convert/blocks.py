@@ -10,7 +10,7 @@ from torch import nn
 from torch_meanfield.convert.description import Description, Reads, describe
 from torch_meanfield.convert.residual import Addition, additions, nested_additions, origin
 from torch_meanfield.convert.scaling import NotScalable, powers
-from torch_meanfield.convert.trace import ModuleCall, Trace, Value
+from torch_meanfield.convert.trace import ForwardGraph, ModuleCall, Value
 
 
 @dataclass(eq=False)
@@ -57,26 +57,28 @@ class Block:
     foldable: bool = True
 
 
-def find_blocks(model: nn.Module, record: Trace, reads: Reads, *, nested: bool, foldable: bool = True) -> list[Block]:
+def find_blocks(
+    model: nn.Module, graph: ForwardGraph, reads: Reads, *, nested: bool, foldable: bool = True
+) -> list[Block]:
     """Every residual block of ``model`` in the order of execution, also blocks within blocks.
 
     Args:
         model: the private copy that ran.
-        record: of the forward pass.
+        graph: of the forward pass.
         reads: attributes read in it.
         nested: take modules too that keep their input's shape and merely hold residual additions.
         foldable: only take branches that parameters scale; else a module's output may take the step.
     """
-    times = Counter(call.name for call in record.calls)
+    times = Counter(call.name for call in graph.calls)
     modules = dict(model.named_modules())
     outside = _names_by_parameter(model)
     found = []
-    for call in record.calls:
+    for call in graph.calls:
         if not call.name:
             continue
         branches = additions(call)
         if nested and not branches and _keeps_shape(call):
-            branches = nested_additions(call, record.nodes)
+            branches = nested_additions(call, graph.nodes)
         module = modules[call.name]
         if not branches or not any(True for _ in module.parameters()):
             continue
@@ -88,7 +90,7 @@ def find_blocks(model: nn.Module, record: Trace, reads: Reads, *, nested: bool, 
         block.description = describe(module, reads)
         if block.reason is None:
             try:
-                block.scaled = _scaled_parameters(record, call, branches, modules)
+                block.scaled = _scaled_parameters(graph, call, branches, modules)
             except NotScalable as error:
                 block.foldable = False
                 block.scaled = [] if foldable else _scaled_outputs(call, branches)
@@ -118,19 +120,19 @@ def _shared(name: str, module: nn.Module, names: dict[int, list[str]]) -> str | 
 
 
 def _scaled_parameters(
-    record: Trace, call: ModuleCall, branches: list[Addition], modules: dict[str, nn.Module]
+    graph: ForwardGraph, call: ModuleCall, branches: list[Addition], modules: dict[str, nn.Module]
 ) -> list[Scaled]:
     span = range(call.start, call.end)
-    result = powers(record, span, [a.branch for a in branches], [v for a in branches for v in a.node.outputs])
+    result = powers(graph, span, [a.branch for a in branches], [v for a in branches for v in a.node.outputs])
     prefix = f"{call.name}."
     scaled = []
     for value, power in result.items():
         if not value.name.startswith(prefix):
             raise NotScalable(f"its last affine layer {value.name!r} is not inside the block")
-        if any(not span.start <= node.index < span.stop for node in record.readers[value]):
+        if any(not span.start <= node.index < span.stop for node in graph.readers[value]):
             raise NotScalable(f"its last affine layer {value.name!r} is read outside of the block")
         owner, _, name = value.name[len(prefix) :].rpartition(".")
-        scaled.append(Scaled(_site(record, value, call.name, owner, modules), owner, name, power))
+        scaled.append(Scaled(_site(graph, value, call.name, owner, modules), owner, name, power))
     order = {name: i for i, (name, _) in enumerate(modules[call.name].named_parameters())}
     return sorted(scaled, key=lambda s: order.get(s.path, 0))
 
@@ -151,10 +153,10 @@ def _inside(call: ModuleCall) -> list[ModuleCall]:
     return [c for child in call.children for c in (child, *_inside(child))]
 
 
-def _site(record: Trace, value: Value, block: str, owner: str, modules: dict[str, nn.Module]) -> str:
+def _site(graph: ForwardGraph, value: Value, block: str, owner: str, modules: dict[str, nn.Module]) -> str:
     """The innermost module of the block that holds the parameter and was executing whenever it was read."""
     site = owner.split(".") if owner else []
-    for node in record.readers[value]:
+    for node in graph.readers[value]:
         inside = node.module[len(block) + 1 :] if node.module != block else ""
         parts = inside.split(".") if inside else []
         common = 0

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torch_meanfield.convert.report import RECORD, Record, conversion_report, find_record
+from torch_meanfield.convert.report import RECORD, ConversionRecord, conversion_report, find_record
 from torch_meanfield.convert.sites import detach, factor, multiply, site_of
 from torch_meanfield.convert.stage import ConvertedStage
 from torch_meanfield.observe import run, tensors_in, undisturbed
@@ -35,7 +35,7 @@ def fold(model: Model, example_input: Any = None) -> Model:
 
     Example:
         >>> from torch_meanfield import conversion_report, convert
-        >>> from torch_meanfield.convert.examples import residual_network
+        >>> from torch_meanfield.convert.small_network import residual_network
         >>> model = convert(residual_network(), torch.randn(2, 4))
         >>> _ = conversion_report(model).stages[0].module.set_tau_([0.5, 1.5, 4.0])
         >>> plain = fold(model)
@@ -56,7 +56,7 @@ def fold(model: Model, example_input: Any = None) -> Model:
     )
     target = find_record(folded, "fold")[0]
     plain = replace(record.report, fold_error=error)
-    target.__dict__[RECORD] = Record(plain, record.example)
+    target.__dict__[RECORD] = ConversionRecord(plain, record.example)
     return folded
 
 

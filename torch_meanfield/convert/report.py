@@ -106,7 +106,7 @@ class ConversionReport:
 
 
 @dataclass
-class Record:
+class ConversionRecord:
     """Kept on the converted model (in its ``__dict__``): the report without modules, and how to make an example."""
 
     report: ConversionReport
@@ -127,7 +127,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 
     Example:
         >>> from torch_meanfield import convert
-        >>> from torch_meanfield.convert.examples import residual_network
+        >>> from torch_meanfield.convert.small_network import residual_network
         >>> report = conversion_report(convert(residual_network(), torch.randn(2, 4)))
         >>> report.stages[0].module.steps().tolist()
         [1.0, 1.0, 1.0]
@@ -141,7 +141,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return replace(record.report, stages=tuple(stages))
 
 
-def find_record(model: nn.Module, caller: str) -> tuple[nn.Module, Record]:
+def find_record(model: nn.Module, caller: str) -> tuple[nn.Module, ConversionRecord]:
     """The converted model in ``model`` and its record, or an error in the name of ``caller``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch_meanfield.convert.trace import Node, Trace, Value
+from torch_meanfield.convert.trace import ForwardGraph, Node, Value
 from torch_meanfield.convert.vocabulary import (
     ATTENTION,
     JOIN,
@@ -120,14 +120,14 @@ def _place(node: Node) -> str:
     return f"in {node.module}" if node.module else "in forward"
 
 
-def powers(trace: Trace, span: range, branches: Iterable[Value], stream: Iterable[Value]) -> Powers:
+def powers(graph: ForwardGraph, span: range, branches: Iterable[Value], stream: Iterable[Value]) -> Powers:
     """The parameters to scale so that every branch of one block is multiplied by s and nothing else changes.
 
     To the last affines come, with power -1, the weights that read an already scaled tensor inside a gate
     (``u * gate(u)``: squeeze-and-excitation) or beside it (ghost modules).
 
     Args:
-        trace: of the forward pass.
+        graph: of the forward pass.
         span: indices of the block's nodes.
         branches: what the residual additions of the block add.
         stream: the results of those additions.
@@ -137,26 +137,28 @@ def powers(trace: Trace, span: range, branches: Iterable[Value], stream: Iterabl
     """
     branches, stream = list(branches), list(stream)
     try:
-        return _powers(trace, span, branches, stream, frozenset())
+        return _powers(graph, span, branches, stream, frozenset())
     except NotScalable as error:
         # A factor that does something else as well (alpha in (1 - alpha) x + alpha f(x)): take what is behind it.
         wanted = set().union(*(last_affines(b) for b in branches))
-        shared = frozenset(p for p in wanted if len(trace.readers[p]) > 1)
+        shared = frozenset(p for p in wanted if len(graph.readers[p]) > 1)
         if not shared:
             raise
         try:
-            return _powers(trace, span, branches, stream, shared)
+            return _powers(graph, span, branches, stream, shared)
         except NotScalable:
             raise error from None
 
 
-def _powers(trace: Trace, span: range, branches: list[Value], stream: list[Value], avoid: frozenset[Value]) -> Powers:
+def _powers(
+    graph: ForwardGraph, span: range, branches: list[Value], stream: list[Value], avoid: frozenset[Value]
+) -> Powers:
     scaled = set().union(*(last_affines(b, avoid) for b in branches))
     result: Powers = dict.fromkeys(scaled, 1)
     degree: dict[Value, int] = dict.fromkeys(scaled, 1)
     streamed = set(stream)
     # computed parameters (a gain times a constant) may have been computed anywhere before their use
-    for node in trace.nodes[: span.stop]:
+    for node in graph.nodes[: span.stop]:
         if node.index < span.start and not all(v.constant for v in node.inputs):
             continue
         if not any(degree.get(v, 0) for v in node.inputs) or any(v in streamed for v in node.outputs):

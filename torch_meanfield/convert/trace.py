@@ -17,7 +17,7 @@ class Value:
     """One tensor at one moment: a tensor that is changed in place becomes a new value.
 
     Attributes:
-        node: what made it; ``None`` for a leaf (parameter, buffer, input, or made where nobody watched).
+        node: what made it; ``None`` for a leaf (parameter, buffer, input, or made outside of what is observed).
         name: qualified name of a parameter or buffer.
         kind: ``"parameter"``, ``"buffer"``, ``"leaf"`` or ``"computed"``.
         shape: of the tensor.
@@ -66,11 +66,10 @@ class ModuleCall:
     start: int
     outputs: list[Value] = field(default_factory=list)
     end: int = 0
-    parent: ModuleCall | None = None
     children: list[ModuleCall] = field(default_factory=list)
 
 
-class Trace:
+class ForwardGraph:
     """The recorded graph of one forward pass.
 
     Attributes:
@@ -83,7 +82,6 @@ class Trace:
         self.nodes: list[Node] = []
         self.calls: list[ModuleCall] = []
         self.readers: dict[Value, list[Node]] = {}
-        self.output: Any = None
         self._stack: list[ModuleCall] = []
         self._values: dict[int, Value] = {}
         self._kept: list[Tensor] = []  # a tensor that died could lend its id to another
@@ -135,10 +133,10 @@ class Trace:
 
     def enter(self, name: str, args: Any, kwargs: Any) -> None:
         """A module is called."""
-        parent = self._stack[-1] if self._stack else None
         inputs = [self.value(t) for t in (*tensors_in(args), *tensors_in(kwargs))]
-        call = ModuleCall(name, inputs, len(self.nodes), parent=parent)
-        (parent.children if parent is not None else []).append(call)
+        call = ModuleCall(name, inputs, len(self.nodes))
+        if self._stack:
+            self._stack[-1].children.append(call)
         self.calls.append(call)
         self._stack.append(call)
 
@@ -149,26 +147,26 @@ class Trace:
         call.outputs = [self.value(t) for t in tensors_in(output)]
 
 
-def trace(model: nn.Module, example_input: Any) -> Trace:
+def trace(model: nn.Module, example_input: Any) -> ForwardGraph:
     """Run ``model`` (a private copy) once and record what happens."""
-    record = Trace(model)
-    with _module_hooks(model, record):
-        record.output = observe(model, example_input, record.watch)
-    record._kept.clear()
-    record._values.clear()
-    return record
+    graph = ForwardGraph(model)
+    with _module_hooks(model, graph):
+        observe(model, example_input, graph.watch)
+    graph._kept.clear()
+    graph._values.clear()
+    return graph
 
 
 @contextmanager
-def _module_hooks(model: nn.Module, record: Trace) -> Iterator[None]:
+def _module_hooks(model: nn.Module, graph: ForwardGraph) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
 
         def before(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            record.enter(name, args, kwargs)
+            graph.enter(name, args, kwargs)
 
         def after(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            record.leave(output)
+            graph.leave(output)
 
         handles += [
             module.register_forward_pre_hook(before, with_kwargs=True),

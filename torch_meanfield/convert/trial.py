@@ -28,7 +28,7 @@ TOLERANCE = 1e-9  # relative to the largest output; true ones reach 1e-13
 VISIBLE = 1e-6  # what scaling by 0 must change at least, or the test has seen nothing
 
 
-class Inputs:
+class BlockInputs:
     """What chosen modules are called with, kept from one forward pass."""
 
     def __init__(self, model: nn.Module, example_input: Any, names: Iterable[str]) -> None:
@@ -106,9 +106,9 @@ class Trial:
     def scales(self) -> str | None:
         """Whether scaling the parameters is scaling the branches; the reason if it is not."""
         self.module.train().eval()
-        record = trace(_Called(self.module, self.args, self.kwargs), ())
-        call = next(c for c in record.calls if c.name == "module")
-        found = nested_additions(call, record.nodes)
+        graph = trace(_Called(self.module, self.args, self.kwargs), ())
+        call = next(c for c in graph.calls if c.name == "module")
+        found = nested_additions(call, graph.nodes)
         if len(found) != len(self.block.branches):
             return f"in double precision it shows {len(found)} additions, not {len(self.block.branches)}"
         stages = _Constant()

@@ -1,0 +1,230 @@
+"""What of a model can be converted, and why the rest cannot: the stages, planned on a private copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from torch_meanfield.convert.blocks import Block, chains, find_blocks
+from torch_meanfield.convert.description import difference, reads_recorded
+from torch_meanfield.convert.report import FixedBlock
+from torch_meanfield.convert.segments import segments
+from torch_meanfield.convert.trace import trace
+from torch_meanfield.convert.trial import BlockInputs, Trial
+from torch_meanfield.observe import private_copy
+
+Patterns = str | Sequence[str]
+
+
+@dataclass
+class StagePlan:
+    """Blocks that will be the particles of one stage.
+
+    Attributes:
+        particles: the blocks by slot.
+        host: qualified name of the module that the stage will be registered in.
+        checked: whether exchange and scaling were proven with numbers.
+    """
+
+    particles: list[list[Block]]
+    host: str
+    checked: bool
+
+    @property
+    def around(self) -> str:
+        """Qualified name, inside the host, of the module that holds the blocks; empty if that is the host itself."""
+        parent = self.particles[0][0].name.rpartition(".")[0]
+        return parent[len(self.host) :].lstrip(".") if self.host else parent
+
+
+@dataclass
+class ConversionPlan:
+    """What a conversion would do."""
+
+    stages: list[StagePlan] = field(default_factory=list)
+    fixed: list[FixedBlock] = field(default_factory=list)
+
+
+def plan_conversion(
+    model: nn.Module, example: Any, *, include: Patterns = "*", exclude: Patterns = (), foldable: bool = True
+) -> ConversionPlan:
+    """Plan a conversion; arguments as in :func:`torch_meanfield.convert`. ``model`` is not touched."""
+    copy = private_copy(model, share_parameters=True)
+    try:
+        with reads_recorded(copy) as reads:
+            graph = trace(copy, example)
+        copy.train().eval()  # clears tables cached in eval mode: they are no configuration
+    except Exception as error:
+        raise ValueError(
+            f"convert: {type(model).__name__} does not run on the example_input ({type(error).__name__}: {error}); "
+            f"pass one that it takes"
+        ) from error
+    on_meta = any(p.is_meta for p in model.parameters())
+    taken: list[str] = []
+    modules: dict[str, nn.Module] = dict(copy.named_modules())
+    # named_modules() of the search itself reads _modules, never these
+    iterating = {n for n, m in modules.items() if _is_container(m) or reads[id(m)] & {"children", "named_children"}}
+    plan = ConversionPlan()
+    seen: dict[str, Block] = {}
+    for nested in (False, True):
+        blocks = find_blocks(copy, graph, reads, nested=nested, foldable=foldable)
+        chosen = _selected(blocks, include, exclude, checked=not nested)
+        new = {b.name for b in blocks} - set(seen)
+        for run in chains(blocks):
+            free = [b for b in run if not any(_is_in(b.name, t) or _is_in(t, b.name) for t in taken)]
+            if nested and not any(b.name in new for b in run):
+                continue
+            for part in _unbroken(run, free):
+                for particles in _stages(part, chosen, copy, example, numbers=not on_meta):
+                    plan.stages.append(StagePlan(particles, _host(particles, modules, iterating), not on_meta))
+                    taken += [b.name for particle in particles for b in particle]
+        seen = {b.name: b for b in blocks} | seen
+    plan.stages.sort(key=lambda s: seen[s.particles[0][0].name].call.start)
+    plan.fixed = _fixed(list(seen.values()), taken, iterating)
+    return plan
+
+
+def _is_in(name: str, other: str) -> bool:
+    """Whether the module ``name`` is ``other`` or lies inside it."""
+    return name == other or name.startswith(f"{other}.")
+
+
+def _unbroken(run: list[Block], free: list[Block]) -> list[list[Block]]:
+    """The parts of ``run`` between the blocks that are no longer free."""
+    parts: list[list[Block]] = [[]]
+    for block in run:
+        if block in free:
+            parts[-1].append(block)
+        elif parts[-1]:
+            parts.append([])
+    return [p for p in parts if p]
+
+
+def _selected(blocks: Iterable[Block], include: Patterns, exclude: Patterns, *, checked: bool) -> Callable[[str], bool]:
+    names = {b.name for b in blocks}
+
+    def matcher(patterns: Patterns, argument: str) -> Callable[[str], bool]:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+            raise TypeError(f"convert: {argument} must be a pattern or several, got {patterns!r}")
+        for pattern in patterns:
+            if checked and pattern != "*" and not any(_matches(n, pattern) for n in names):
+                raise ValueError(
+                    f"convert: {argument} pattern {pattern!r} matches no residual block; the blocks are {sorted(names)}"
+                )
+        return lambda name: any(_matches(name, p) for p in patterns)
+
+    included, excluded = matcher(include, "include"), matcher(exclude, "exclude")
+    return lambda name: included(name) and not excluded(name)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+
+
+def _stages(
+    run: list[Block], chosen: Callable[[str], bool], copy: nn.Module, example: Any, *, numbers: bool
+) -> list[list[list[Block]]]:
+    """The particles of each stage in one run of blocks; blocks that are in none get the reason."""
+    labels: list[int | None] = []
+    first: list[Block] = []
+    for block in run:
+        label = None
+        if block.reason is None and not chosen(block.name):
+            block.reason = "left out by include and exclude"
+        if block.reason is None:
+            alike = (i for i, b in enumerate(first) if not difference(block.description, b.description))
+            label = next(alike, None)
+            if label is None:
+                label = len(first)
+                first.append(block)
+        labels.append(label)
+    if numbers:
+        labels = _proven(run, labels, copy, example)
+    found = segments(labels)
+    inside = set()
+    for start, period, repeats in found:
+        inside |= set(range(start, start + period * repeats))
+    for i, block in enumerate(run):
+        if i not in inside and block.reason is None:
+            block.reason = _unlike_neighbours(i, run)
+    return [[run[s + k * p : s + (k + 1) * p] for k in range(repeats)] for s, p, repeats in found]
+
+
+def _proven(run: list[Block], labels: list[int | None], copy: nn.Module, example: Any) -> list[int | None]:
+    """Labels after the numeric tests: ``None`` also for blocks that differ in function, or that do not scale."""
+    if not segments(labels):
+        return labels
+    modules = dict(copy.named_modules())
+    of_label: dict[int, list[int]] = {}
+    for i, label in enumerate(labels):
+        if label is not None:
+            of_label.setdefault(label, []).append(i)
+    several = [members for members in of_label.values() if len(members) > 1]
+    inputs = BlockInputs(copy, example, [run[members[0]].name for members in several])
+    for members in several:
+        block = run[members[0]]
+        try:
+            trial = Trial(block, modules[block.name], inputs.by_name[block.name])
+            reason = trial.scales()
+        except Exception as error:
+            reason = f"its test in double precision failed ({type(error).__name__}: {error})"
+        for i in members:
+            if reason is not None:
+                run[i].reason, run[i].scaled, labels[i] = reason, [], None
+            elif i != members[0]:
+                unlike = trial.same_function(modules[run[i].name])
+                if unlike is not None:
+                    run[i].reason, labels[i] = f"it is not exchangeable with {block.name}: {unlike}", None
+    return labels
+
+
+def _unlike_neighbours(i: int, run: list[Block]) -> str:
+    block = run[i]
+    for j in (i - 1, i + 1):
+        if 0 <= j < len(run):
+            words = difference(block.description, run[j].description, run[j].name)
+            if words is not None:
+                return f"it cannot change places with {run[j].name}: {words}"
+    return "no block of its kind stands next to it"
+
+
+def _fixed(blocks: list[Block], taken: list[str], iterating: set[str]) -> list[FixedBlock]:
+    """The outermost residual blocks that have nothing to do with a particle, without those that merely hold others."""
+    fixed: list[FixedBlock] = []
+    for block in sorted(blocks, key=lambda b: (b.call.start, -b.call.end)):
+        if any(_is_in(block.name, t) or _is_in(t, block.name) for t in taken):
+            continue
+        if any(_is_in(block.name, f.name) for f in fixed):
+            continue
+        inner = [b for b in blocks if b is not block and _is_in(b.name, block.name)]
+        if inner and (block.name in iterating or (block.reason is None or "of its kind" in block.reason)):
+            continue  # what is said of the blocks inside says more
+        reason = block.reason or "no block of its kind stands next to it"
+        fixed.append(FixedBlock(block.name, reason, len(block.branches), block.foldable and bool(block.scaled)))
+    return fixed
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+def _host(particles: list[list[Block]], modules: dict[str, nn.Module], iterating: set[str]) -> str:
+    """Name of the module that the stage is registered in: the nearest one around the blocks that does not iterate.
+
+    A module that runs over its children would call the stage, too. Where all modules around the blocks do (networks
+    that are one ``nn.Sequential``, timm's feature extractors), it is the first module inside the first block that does
+    not.
+    """
+    first = particles[0][0].name
+    name = first
+    while name:
+        name, _, _ = name.rpartition(".")
+        if name not in iterating:
+            return name
+    return next(n for n in modules if _is_in(n, first) and n not in iterating)
