@@ -16,13 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from torch_meanfield._torch import buffers_of, parameters_of
+
 _PLAIN = set(nn.Module().__dict__)
 Reads = dict[int, set[str]]
 
 
 @contextmanager
 def reads_recorded(model: nn.Module) -> Iterator[Reads]:
-    """While the context lasts, note by ``id`` of each module of ``model`` which of its attributes are read."""
+    """While the context lasts, note which attributes of each module of ``model`` are read, by the module's ``id``."""
     reads: Reads = {}
     classes = []
     try:
@@ -59,7 +61,7 @@ Description = dict[str, Any]
 
 
 def describe(block: nn.Module, reads: Reads) -> Description:
-    """What must be alike in exchangeable blocks, by qualified name inside the block."""
+    """What must be equal in exchangeable blocks, by qualified name inside the block."""
     described: Description = {}
     hidden: list[str] = []
     first: dict[int, str] = {}
@@ -71,7 +73,7 @@ def describe(block: nn.Module, reads: Reads) -> Description:
             described[name] = "a drop or identity"
             continue
         described[name] = type(module).__qualname__
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for key, tensor in (*parameters_of(module).items(), *buffers_of(module).items()):
             path = f"{name}.{key}" if name else key
             if tensor is not None:
                 tied = first.setdefault(id(tensor), path)
@@ -85,7 +87,7 @@ def describe(block: nn.Module, reads: Reads) -> Description:
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any], other_name: str = "the other") -> str | None:
-    """The first difference of two descriptions in words, ``None`` if there is none."""
+    """The first difference between two descriptions in words; ``None`` if they are equal."""
     for key in (*one, *other):
         mine, theirs = one.get(key, "nothing"), other.get(key, "nothing")
         if mine != theirs:

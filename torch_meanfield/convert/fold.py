@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from torch_meanfield._torch import children_of, parameters_of
 from torch_meanfield.convert.report import RECORD, ConversionRecord, conversion_report, find_record
 from torch_meanfield.convert.sites import detach, factor, multiply, site_of
 from torch_meanfield.convert.stage import ConvertedStage
@@ -27,7 +28,7 @@ def fold(model: Model, example_input: Any = None) -> Model:
 
     Args:
         model: what :func:`torch_meanfield.convert` returned, trained or not. It stays as it is.
-        example_input: to measure the error on; ``None``: what the model was converted with.
+        example_input: what to measure the error on; ``None``: what the model was converted with.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -68,13 +69,14 @@ def _fold_(model: nn.Module) -> None:
             continue
         step = site.stage.step(site.slot)
         for owner, name, power in site.owned(module):
-            parameter: Tensor = owner._parameters[name]  # type: ignore[assignment]
+            parameter = parameters_of(owner)[name]
+            assert parameter is not None
             parameter.copy_(multiply(parameter, factor(step, power)))
         detach(module)
     for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
+        for name, child in list(children_of(module).items()):
             if isinstance(child, ConvertedStage):
-                del module._modules[name]
+                delattr(module, name)
     _clear_caches(model)
 
 

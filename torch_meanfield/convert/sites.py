@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from torch_meanfield._torch import children_of, parameters_of
+
 if TYPE_CHECKING:
     from torch_meanfield.convert.stage import ConvertedStage
 
@@ -75,7 +77,7 @@ class StepScaled:
         kept: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
             for path, name, power in site.scaled:
-                parameters = _descend(self, path)._parameters
+                parameters: dict[str, Any] = parameters_of(_descend(self, path))
                 kept.append((parameters, name, parameters[name]))
                 # As torch.func.functional_call does it, and torch.compile can follow.
                 parameters[name] = multiply(parameters[name], factor(step, power))
@@ -92,7 +94,7 @@ class StepScaled:
 
 def _descend(module: Any, path: str) -> Any:
     for name in path.split(".") if path else ():
-        module = module._modules[name]
+        module = children_of(module)[name]
     return module
 
 
