@@ -61,3 +61,13 @@ def test_a_name_of_its_own_is_not_needed():
     assert Population([Slice(torch.zeros(4))]).name == "population"
     with pytest.raises(ValueError, match="^population: columns is empty"):
         Population([])
+
+
+def test_the_same_layout_over_other_tensors():
+    tensors = [torch.randn(2, 12) for _ in range(3)]
+    slice_ = Slice(tensors[0], -1, outer=2, inner=3)
+    assert slice_.tensors == (tensors[0],) and slice_.size == 2
+    for other in (slice_.on(tensors[1]), slice_.on([tensors[1]])):
+        assert (other.tensor is tensors[1], other.dim, other.outer, other.inner) == (True, 1, 2, 3)
+    stack = Stack(tensors[:2])
+    assert stack.on(tensors[1:]).tensors == tuple(tensors[1:]) and stack.on(tensors[2]).size == 1

@@ -8,7 +8,8 @@ from tests.defaults import other_defaults
 from tests.particles.networks import network, neurons
 from torch_meanfield import Population, Slice, Stack, subscribe, transport_
 from torch_meanfield.particles import place_
-from torch_meanfield.particles.copying import PIECE, move_slice_, pieces
+from torch_meanfield.particles.columns import Route
+from torch_meanfield.particles.copying import PIECE, pieces
 
 
 @pytest.mark.parametrize("index", [[4, 3, 2, 1, 0], [0, 0, 0, 3, 3], [1, 2, 3, 4, 0], [2, 2, 2, 2, 2]])
@@ -104,8 +105,8 @@ def test_moving_only_the_places_that_change_is_moving_all(index):
     places = (index != torch.arange(5)).nonzero().squeeze(1)
     whole = torch.randn(2, 30)
     part = whole.clone()
-    move_slice_(Slice(whole, 1, outer=2, inner=3), index)  # as with an index that stays on its device
-    move_slice_(Slice(part, 1, outer=2, inner=3), index, places)
+    Slice(whole, 1, outer=2, inner=3).move_(Route(index))  # as with an index that stays on its device
+    Slice(part, 1, outer=2, inner=3).move_(Route(index, places))
     assert torch.equal(whole, part)
 
 
@@ -119,8 +120,8 @@ def test_big_tensors_move_piece_by_piece_as_they_would_at_once(dim, permuted):
     expected = tensor.index_select(dim, index)
     places = (index != torch.arange(n)).nonzero().flatten()
     other = tensor.clone(memory_format=torch.preserve_format)
-    move_slice_(Slice(tensor, dim), index)
-    move_slice_(Slice(other, dim), index, places)
+    Slice(tensor, dim).move_(Route(index))
+    Slice(other, dim).move_(Route(index, places))
     assert torch.equal(tensor, expected)
     assert torch.equal(other, expected)
 

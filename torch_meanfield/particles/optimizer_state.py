@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from torch_meanfield.particles.copying import move_slice_
-from torch_meanfield.particles.population import Column, Slice, Stack
+from torch_meanfield.particles.columns import Column
 
 # Optimizers that have taken a step. One that never stepped holds no state that could have to move; one whose state
 # was loaded but that has not stepped yet is known only to its user, who passes it to the call that moves particles.
@@ -52,11 +51,10 @@ def check_undivided(optimizer: Optimizer) -> None:
 def check_state(optimizer: Optimizer, column: Column, name: str) -> None:
     """Raise ``TypeError`` if what ``optimizer`` keeps for ``column`` cannot be divided among the particles.
 
-    Nothing is changed. A :class:`Stack` may carry any tensor that each of its particles has alike; a :class:`Slice`
+    Nothing is changed. A :class:`.Stack` may carry any tensor that each of its particles has alike; a :class:`.Slice`
     only tensors of the parameter's own shape, and single numbers, which the particles share.
     """
-    members = column.tensors if isinstance(column, Stack) else (column.tensor,)
-    states = [(p, optimizer.state[p]) for p in members if p in optimizer.state]
+    states = [(p, optimizer.state[p]) for p in column.tensors if p in optimizer.state]
     for p, state in states:
         for key, value in state.items():
             if value is None or isinstance(value, (bool, int, float)):
@@ -65,7 +63,7 @@ def check_state(optimizer: Optimizer, column: Column, name: str) -> None:
                 if value.shape == p.shape or value.numel() == 1:
                     continue
                 alike = all(isinstance(s.get(key), Tensor) and s[key].shape == value.shape for _, s in states)
-                if isinstance(column, Stack) and len(states) == column.size and alike:
+                if column.owns_whole and len(states) == column.size and alike:
                     continue
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
             raise TypeError(
@@ -95,7 +93,7 @@ def check_flat(optimizer: Optimizer, tensors: Iterable[Tensor], name: str) -> No
                 )
 
 
-def check_trained(optimizers: Iterable[Optimizer], column: Stack, sources: Sequence[int], name: str) -> None:
+def check_trained(optimizers: Iterable[Optimizer], column: Column, sources: Sequence[int], name: str) -> None:
     """Raise ``ValueError`` if a particle would move to where the optimizer that trains it does not reach.
 
     So with the blocks divided among optimizers, or frozen blocks left out of the only one: what is trained now would
@@ -103,7 +101,7 @@ def check_trained(optimizers: Iterable[Optimizer], column: Stack, sources: Seque
 
     Args:
         optimizers: those that may hold the parameters.
-        column: of the population.
+        column: of the population, whole tensors.
         sources: place i takes what place ``sources[i]`` holds.
         name: of the population.
     """
@@ -120,35 +118,3 @@ def check_trained(optimizers: Iterable[Optimizer], column: Stack, sources: Seque
                 f"parameters of all particles (frozen ones take no step), or switch the motion off "
                 f"for this layer (re-sorting: set_automatic_resort)"
             )
-
-
-def move_state_(
-    optimizer: Optimizer, column: Column, index: Tensor, sources: Sequence[int], places: Tensor | None = None
-) -> None:
-    """Apply ``new[i] = old[index[i]]`` to what ``optimizer`` keeps for ``column`` (checked by :func:`check_state`)."""
-    if isinstance(column, Slice):
-        state = optimizer.state[column.tensor] if column.tensor in optimizer.state else {}
-        for value in state.values():
-            if isinstance(value, Tensor) and value.shape == column.tensor.shape:
-                move_slice_(Slice(value, column.dim, column.outer, column.inner), index, places)
-        return
-    moved = [i for i, j in enumerate(sources) if i != j]
-    old = {
-        j: {k: v.clone() if isinstance(v, Tensor) else v for k, v in optimizer.state[column.tensors[j]].items()}
-        for j in {sources[i] for i in moved}
-        if column.tensors[j] in optimizer.state
-    }
-    for i in moved:
-        p, new = column.tensors[i], old.get(sources[i])
-        if not new:  # lazy optimizers initialise on an absent or empty state: leave none behind
-            optimizer.state.pop(p, None)
-            continue
-        state = optimizer.state[p]
-        for key in [k for k in state if k not in new]:
-            del state[key]
-        for key, value in new.items():
-            here = state.get(key)
-            if isinstance(value, Tensor) and isinstance(here, Tensor) and here.shape == value.shape:
-                here.copy_(value)  # in place: captured graphs and sharded optimizers hold on to the storage
-            else:
-                state[key] = value.clone() if isinstance(value, Tensor) else value

@@ -8,86 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Particle ``i`` owns the whole of ``tensors[i]``.
-
-    This is how residual blocks are particles: one stack for each name inside a block.
-
-    Args:
-        tensors: n tensors of one shape, dtype and device.
-
-    Raises:
-        ValueError: fewer than one tensor, or tensors that differ in shape, dtype or device.
-    """
-
-    tensors: tuple[Tensor, ...]
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        object.__setattr__(self, "tensors", tuple(tensors))
-        if not self.tensors:
-            raise ValueError("Stack: tensors is empty; give one tensor for each particle")
-        first = self.tensors[0]
-        for i, t in enumerate(self.tensors):
-            if (t.shape, t.dtype, t.device) != (first.shape, first.dtype, first.device):
-                raise ValueError(
-                    f"Stack: tensors[{i}] is {tuple(t.shape)} {t.dtype} on {t.device}, but tensors[0] is "
-                    f"{tuple(first.shape)} {first.dtype} on {first.device}; all particles own equal shapes"
-                )
-
-    @property
-    def size(self) -> int:
-        """Number of particles n."""
-        return len(self.tensors)
-
-
-@dataclass(frozen=True, eq=False)
-class Slice:
-    """Particle ``i`` owns the i-th slice of ``tensor`` along ``dim``.
-
-    This is how neurons are particles. The dimension is read as ``(outer, n, inner)``: ``inner`` consecutive entries
-    belong to one particle (the width of an attention head, the channels of a group, the positions behind a flattened
-    channel), and the pattern repeats ``outer`` times (3 for a fused qkv projection, 2 for a packed gate).
-
-    Args:
-        tensor: any tensor; its shape along ``dim`` is ``outer * n * inner``.
-        dim: the dimension that holds the particles.
-        outer: how often the n particles repeat along ``dim``.
-        inner: how many consecutive entries one particle owns.
-
-    Raises:
-        ValueError: ``dim`` out of range, or a length that ``outer * inner`` does not divide.
-    """
-
-    tensor: Tensor
-    dim: int = 0
-    outer: int = 1
-    inner: int = 1
-
-    def __post_init__(self) -> None:
-        if not -self.tensor.ndim <= self.dim < self.tensor.ndim:
-            raise ValueError(f"Slice: dim {self.dim} is out of range for a tensor of shape {tuple(self.tensor.shape)}")
-        object.__setattr__(self, "dim", self.dim % self.tensor.ndim)
-        length = self.tensor.shape[self.dim]
-        if self.outer < 1 or self.inner < 1 or length == 0 or length % (self.outer * self.inner):
-            raise ValueError(
-                f"Slice: dimension {self.dim} has length {length}, which is not outer ({self.outer}) x particles x "
-                f"inner ({self.inner})"
-            )
-
-    @property
-    def size(self) -> int:
-        """Number of particles n."""
-        return int(self.tensor.shape[self.dim]) // (self.outer * self.inner)
-
-    def by_particle(self, tensor: Tensor) -> Tensor:
-        """View a tensor laid out like ``self.tensor`` so that dimension ``dim + 1`` counts particles."""
-        shape = tensor.shape
-        return tensor.view(*shape[: self.dim], self.outer, self.size, self.inner, *shape[self.dim + 1 :])
-
-
-Column = Stack | Slice
+from torch_meanfield.particles.columns import Column as Column
+from torch_meanfield.particles.columns import Slice as Slice
+from torch_meanfield.particles.columns import Stack as Stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +41,8 @@ class Population:
             raise ValueError(f"{name}: columns is empty; a particle must own at least one tensor")
         seen: set[tuple[int, int]] = set()
         for i, column in enumerate(self.columns):
-            tensors = column.tensors if isinstance(column, Stack) else (column.tensor,)
-            dim = 0 if isinstance(column, Stack) else column.dim  # tied weights may hold particles along two dimensions
-            held = {(id(t), dim) for t in tensors}
-            if held & seen or len(held) < len(tensors):
+            held = {(id(t), column.dim) for t in column.tensors}  # a tied weight may hold particles along two
+            if held & seen or len(held) < len(column.tensors):
                 raise ValueError(
                     f"{name}: column {i} holds a tensor that another particle or column holds already, and that would "
                     f"move twice"
@@ -158,18 +79,13 @@ class Population:
                 )
             return theirs[name]
 
-        columns: list[Column] = [
-            Stack([twin(t) for t in c.tensors])
-            if isinstance(c, Stack)
-            else Slice(twin(c.tensor), c.dim, c.outer, c.inner)
-            for c in self.columns
-        ]
+        columns = [c.on([twin(t) for t in c.tensors]) for c in self.columns]
         return Population(columns, owner=copy, name=self.name)
 
 
 def tensors_of(columns: Iterable[Column]) -> list[Tensor]:
     """Every tensor that a particle owns a part of, or the whole."""
-    return [t for c in columns for t in (c.tensors if isinstance(c, Stack) else (c.tensor,))]
+    return [t for c in columns for t in c.tensors]
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -177,6 +93,11 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     tensors.update(module.named_buffers(remove_duplicate=False))
     return tensors
+
+
+def homes(model: nn.Module) -> dict[int, nn.Module]:
+    """The module of ``model`` that holds each parameter and buffer, by the tensor's ``id``; of several, the last."""
+    return {id(t): m for m in model.modules() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
 
 
 def check_index(index: Tensor | Sequence[int], n: int, name: str) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_meanfield.particles.columns import Slice
 from torch_meanfield.particles.copying import is_sharded, whole, write_
-from torch_meanfield.particles.population import Slice
 
 
 def places_of(mask: Tensor, count: int) -> Tensor:
@@ -49,9 +49,7 @@ def scale_rows_(column: Slice, factors: Tensor) -> None:
 def forget_rows_(column: Slice, places: Tensor, optimizers: Iterable[Optimizer]) -> None:
     """Begin anew for the particles at ``places``: gradient 0, and 0 in every state of the parameter's shape."""
     if column.tensor.grad is not None:
-        write_rows_(Slice(column.tensor.grad, column.dim, column.outer, column.inner), places, 0.0)
+        write_rows_(column.on(column.tensor.grad), places, 0.0)
     for optimizer in optimizers:
-        state = optimizer.state[column.tensor] if column.tensor in optimizer.state else {}
-        for value in state.values():
-            if isinstance(value, Tensor) and value.shape == column.tensor.shape:
-                write_rows_(Slice(value, column.dim, column.outer, column.inner), places, 0.0)
+        for kept in column.states(optimizer):
+            write_rows_(kept, places, 0.0)

@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_meanfield.particles.copying import move_gradients_, move_slice_, move_stack_
+from torch_meanfield.particles.columns import Route
 from torch_meanfield.particles.events import Motion, publish
-from torch_meanfield.particles.optimizer_state import (
-    check_flat,
-    check_state,
-    check_trained,
-    known_optimizers,
-    move_state_,
-)
-from torch_meanfield.particles.population import Population, Stack, check_index, tensors_of
+from torch_meanfield.particles.optimizer_state import check_flat, check_state, check_trained, known_optimizers
+from torch_meanfield.particles.population import Population, check_index, tensors_of
 
 
 def check_transportable(
@@ -29,7 +23,7 @@ def check_transportable(
 
     Args:
         population: the particles.
-        sources: place i is to take what place ``sources[i]`` holds; of interest where a column is a :class:`Stack`.
+        sources: place i is to take what place ``sources[i]`` holds; of interest where a column is a :class:`.Stack`.
         optimizers: beside those that have stepped.
     """
     known = known_optimizers(optimizers)
@@ -38,7 +32,7 @@ def check_transportable(
         for column in population.columns:
             check_state(optimizer, column, population.name)
     for column in population.columns:
-        if isinstance(column, Stack):
+        if column.owns_whole:
             check_trained(known, column, sources, population.name)
     return known
 
@@ -82,28 +76,24 @@ def transport_(
         return None
     _check_memory(population)
     # Whole tensors are moved one by one, so their sources must be known on the host; slices stay on their device.
-    stacked = any(isinstance(c, Stack) for c in population.columns)
-    sources: list[int] = index.tolist() if stacked else []
+    sources = index.tolist() if any(c.owns_whole for c in population.columns) else []
+    route = Route(index, places, sources)
     known = check_transportable(population, sources, optimizers) if state else []
     for column in population.columns:
         if state:
             for optimizer in known:
-                move_state_(optimizer, column, index, sources, places)
-            move_gradients_(column, index, sources, places)
-        if isinstance(column, Stack):
-            move_stack_(column.tensors, sources)
-        else:
-            move_slice_(column, index, places)
+                column.move_state_(optimizer, route)
+            column.move_gradients_(route)
+        column.move_(route)
     motion = Motion(population, index, cause)
     publish(motion)
     return motion
 
 
 def _check_memory(population: Population) -> None:
-    for column in population.columns:
-        for tensor in column.tensors if isinstance(column, Stack) else (column.tensor,):
-            if any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
-                raise ValueError(
-                    f"{population.name}: a tensor of shape {tuple(tensor.shape)} is expanded: several of its entries "
-                    f"share one place in memory and cannot be moved apart; pass .contiguous() or leave it out"
-                )
+    for tensor in tensors_of(population.columns):
+        if any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"{population.name}: a tensor of shape {tuple(tensor.shape)} is expanded: several of its entries "
+                f"share one place in memory and cannot be moved apart; pass .contiguous() or leave it out"
+            )

@@ -80,7 +80,7 @@ def find_populations(model: nn.Module, example_input: Any, *, seed: int = 0) -> 
                 # What was refused for a reason of its own (the residual stream) keeps that reason.
                 refused.setdefault(p.name, Refused(p.name, verdict.reason))
     order = {id(t): i for i, t in enumerate(named_tensors(model).values())}
-    search.found.sort(key=lambda p: order[id(p.columns[0].tensor)])  # type: ignore[union-attr]
+    search.found.sort(key=lambda p: order[id(p.columns[0].tensors[0])])
     return Report(tuple(search.found), tuple(refused.values()))
 
 
