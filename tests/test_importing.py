@@ -31,3 +31,15 @@ def test_importing_the_package_imports_none_of_its_extras():
     code = f"import sys, torch_meanfield; print({extras} & sys.modules.keys())"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.strip() == "set()"
+
+
+def test_the_names_that_modules_of_particles_had_in_0_1_still_work():
+    code = """
+import torch_meanfield.particles.rows
+from torch_meanfield.particles import eagerly, no_compile
+from torch_meanfield.particles.rows import write_rows_
+from torch_meanfield.particles.eagerly import eagerly as decorator
+assert write_rows_ is torch_meanfield.particles.slices.write_rows_ is torch_meanfield.particles.rows.write_rows_
+assert decorator is no_compile.eagerly is eagerly.eagerly
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

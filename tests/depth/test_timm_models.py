@@ -4,9 +4,8 @@ import sys
 import pytest
 import torch
 
-import torch_meanfield  # noqa: F401  (registers the models once timm is imported)
-
 timm = pytest.importorskip("timm")
+pytest.importorskip("torch_meanfield.models.timm")  # registers them
 
 
 def test_every_sibling_is_registered_and_runs():
@@ -43,7 +42,19 @@ def test_timm_groups_the_parameters():
     assert sum(len(g["params"]) for g in param_groups_layer_decay(model)) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("first, second", [("torch_meanfield", "timm"), ("timm", "torch_meanfield")])
-def test_either_import_may_come_first(first, second):
-    code = f"import {first}, {second}, timm; assert timm.is_model('meanfield_resnet20'); import timm.layers"
+def test_only_the_import_of_the_module_registers():
+    code = """
+import timm, torch_meanfield
+assert not timm.is_model("meanfield_resnet20")
+import torch_meanfield.models.timm
+assert timm.is_model("meanfield_resnet20")
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_script_finds_the_models_in_a_process_that_has_imported_them(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import sys, timm\nprint(type(timm.create_model(sys.argv[1])).__name__)\n")
+    run = f"import runpy, torch_meanfield.models.timm; runpy.run_path({str(script)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", run, "meanfield_resnet20"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "MeanFieldResNet\n"

@@ -1,4 +1,4 @@
-"""The residual branches of L20 section 5, pre-activation throughout, and the blocks that open a stage."""
+"""The residual branches of Lu et al. 2020, section 5, pre-activation throughout, and the blocks that open a stage."""
 
 from __future__ import annotations
 

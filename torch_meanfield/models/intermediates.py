@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch_meanfield.models.resnet import MeanFieldResNet
+from torch import Tensor, nn
 
 
 def forward_intermediates(
-    model: MeanFieldResNet,
+    stem: nn.Module,
+    stages: Sequence[nn.Module],
+    head: Callable[[Tensor], Tensor],
     x: Tensor,
     indices: int | list[int] | None = None,
     norm: bool = False,
@@ -22,7 +22,9 @@ def forward_intermediates(
     """Outputs of chosen stages, and the final features unless ``intermediates_only``.
 
     Args:
-        model: the network.
+        stem: what comes before the first stage.
+        stages: in order.
+        head: the final norm and activation.
         x: ``(B, in_chans, H, W)``.
         indices: stages (negative ones from the end), the last n of them, or ``None`` for all.
         norm: apply the final norm and activation to the last stage's output in the list.
@@ -37,19 +39,16 @@ def forward_intermediates(
         raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
     if stop_early and not intermediates_only:
         raise ValueError("stop_early needs intermediates_only=True: the final features come from the last stage")
-    stages = model.stages()
     wanted = take_indices(indices, len(stages))
     out: list[Tensor] = []
-    x = model.stem(x)
+    x = stem(x)
     for i, stage in enumerate(stages):
         x = stage(x)
         if i in wanted:
-            out.append(model.act(model.norm(x)) if norm and i == len(stages) - 1 else x)
+            out.append(head(x) if norm and i == len(stages) - 1 else x)
         if stop_early and i == max(wanted):
             break
-    if intermediates_only:
-        return out
-    return model.act(model.norm(x)), out
+    return out if intermediates_only else (head(x), out)
 
 
 def take_indices(indices: int | list[int] | tuple[int, ...] | None, n: int) -> set[int]:

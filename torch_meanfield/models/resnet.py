@@ -1,4 +1,4 @@
-"""``MeanFieldResNet``: the pre-activation CIFAR residual networks of L20 section 5, with learnable times."""
+"""``MeanFieldResNet``: the pre-activation CIFAR residual networks of Lu et al. 2020 (section 5) with learnable times."""
 
 from __future__ import annotations
 
@@ -155,6 +155,9 @@ class MeanFieldResNet(nn.Module):
         x = self.stem(x)
         for stage in self.stages():
             x = stage(x)
+        return self._normed(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.act(self.norm(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -170,7 +173,7 @@ class MeanFieldResNet(nn.Module):
 
     def forward_intermediates(self, x: Tensor, **kwargs: Any) -> Any:
         """Feature maps of chosen stages, as in timm: see :func:`.intermediates.forward_intermediates`."""
-        return forward_intermediates(self, x, **kwargs)
+        return forward_intermediates(self.stem, self.stages(), self._normed, x, **kwargs)
 
     def get_classifier(self) -> nn.Module:
         """The classifier, an ``nn.Linear`` or ``nn.Identity``."""

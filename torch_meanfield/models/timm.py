@@ -1,4 +1,19 @@
-"""``timm.create_model("meanfield_resnet20")`` and its siblings. Imported once timm is, never before."""
+"""``timm.create_model("meanfield_resnet20")`` and its siblings, once this module is imported. It needs timm.
+
+    >>> import timm
+    >>> import torch_meanfield.models.timm
+    >>> timm.create_model("meanfield_resnet20", num_classes=7)(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 7])
+
+A training script need not be edited: something must import this before it makes its model. timm's own ``train.py``
+does so with ``--device-modules``, which imports whatever modules it is given::
+
+    python train.py DATA --model meanfield_resnet20 --device-modules torch_meanfield.models.timm
+
+and any other script by being run from a process that has imported it::
+
+    python -c "import runpy, torch_meanfield.models.timm; runpy.run_path('train.py', run_name='__main__')" ARGUMENTS
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """The foundation: exchangeable particles and the one operation ``new[i] = old[index[i]]``."""
 
+import sys
+
+from torch_meanfield.particles import no_compile, slices
 from torch_meanfield.particles.averages import follow as follow
 from torch_meanfield.particles.events import Motion as Motion
 from torch_meanfield.particles.events import subscribe as subscribe
@@ -11,3 +14,7 @@ from torch_meanfield.particles.population import Population as Population
 from torch_meanfield.particles.population import Slice as Slice
 from torch_meanfield.particles.population import Stack as Stack
 from torch_meanfield.particles.transport import transport_ as transport_
+
+# What the two modules were called in 0.1.
+eagerly, rows = no_compile, slices
+sys.modules |= {f"{__name__}.eagerly": no_compile, f"{__name__}.rows": slices}
