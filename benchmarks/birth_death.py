@@ -15,7 +15,6 @@ On the CPU, processor time is counted (one thread), which other work on the mach
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-from recipes.record import provenance
+from recipes.record import DIGITS, provenance, write_json
 from torch_meanfield import MeanFieldResNet
 from torch_meanfield.width import BirthDeathOptimizer
 
@@ -251,7 +250,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     name = "birth_death" if device.type == "cpu" else f"birth_death_{device.type}"
     (args.out / f"{name}.md").write_text(text)
-    (args.out / f"{name}.json").write_text(json.dumps({**made, "results": out}, indent=1) + "\n")
+    write_json(args.out / f"{name}.json", {**made, "results": out}, DIGITS)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import statistics
 import sys
@@ -33,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.record import provenance
+from recipes.record import DIGITS, provenance, write_json
 from torch_meanfield import conversion_report, convert, fold
 
 MODELS = ("resnet50", "convnext_tiny", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")
@@ -283,7 +282,7 @@ def main() -> None:
     }
     print(show(result))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result, DIGITS)
 
 
 if __name__ == "__main__":

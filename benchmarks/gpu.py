@@ -37,8 +37,9 @@ from benchmarks.birth_death import training_step as births_step
 from benchmarks.loader import epoch, loaders
 from benchmarks.timing import clock_of, compared, in_turns, table, training_step, written
 from recipes.errors import BadInput, leave, one_line
+from recipes.images.source import Images
+from recipes.images.sources import open_source
 from recipes.record import provenance
-from recipes.sources import Images, open_source
 from torch_meanfield import MeanFieldResNet
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,13 +32,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.timing import clock_of, compared, in_turns, table, training_step, written
-from recipes.augment import crop_padding
-from recipes.data import channel_statistics
 from recipes.errors import BadInput, leave
-from recipes.order import Order
+from recipes.images.augment import crop_padding
+from recipes.images.data import channel_statistics
+from recipes.images.order import Order
+from recipes.images.resident import ResidentLoader
+from recipes.images.source import Images, Source
+from recipes.images.sources import open_source
 from recipes.record import provenance
-from recipes.resident import ResidentLoader
-from recipes.sources import Images, Source, open_source
 from torch_meanfield import MeanFieldResNet
 
 BARS = {"loader": 10.0, "end to end, cpu": 1.0, "end to end, gpu": 5.0}

@@ -181,7 +181,7 @@ def report(folder: Path, runs: list[str]) -> float:
     # Not before: mutmut's own process must not hold torch while it forks.
     import torch
 
-    from recipes.record import provenance
+    from recipes.record import provenance, write_json
 
     about = {
         "tool": f"mutmut {version('mutmut')}",
@@ -189,8 +189,7 @@ def report(folder: Path, runs: list[str]) -> float:
         **provenance(torch.device("cpu")),
     }
     written = {**about, "modules": rows, "survivors": survivors}
-    folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    write_json(kept, written)
     (folder / "mutation.md").write_text(page(about, rows, survivors))
     return percent(total["killed"], total.total())
 

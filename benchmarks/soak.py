@@ -37,8 +37,7 @@ if __package__ in (None, ""):  # run as a script: the checkout's packages are fo
 import torch
 
 from benchmarks.timing import table
-from recipes.curve import write_json
-from recipes.record import provenance
+from recipes.record import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from torch import nn
 if __package__ in (None, ""):  # run as a script: the checkout's packages are found beside it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.record import provenance
+from recipes.record import DIGITS, provenance, write_json
 from torch_meanfield import MeanFieldResNet, MeanFieldSequential
 
 
@@ -148,7 +147,7 @@ def main() -> None:
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {**provenance(runs[-1][0]), "gpu_measured": torch.cuda.is_available(), "rows": rows}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result, DIGITS)
     print(f"written to {args.out}")
 
 

@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # run as a script: the checkout is found from her
 import torch
 import torch.nn.functional as F
 
-from recipes.record import provenance
+from recipes.record import DIGITS, provenance, write_json
 from torch_meanfield.theory import diagnose, empirical_ntk, phase
 
 
@@ -100,7 +100,7 @@ def main() -> None:
         results[name] = {**MEASUREMENTS[name](args), **provenance(torch.device("cpu"))}
         print(name, {k: v for k, v in results[name].items() if k not in ("versions", "python")}, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.out, results, DIGITS)
 
 
 if __name__ == "__main__":

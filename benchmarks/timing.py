@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.record import DIGITS, write_json
 from torch_meanfield import param_groups
 
 
@@ -108,6 +108,5 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def written(result: dict[str, Any], path: Path) -> None:
     """Write ``result`` as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result, DIGITS)
     print(f"written to {path}")

@@ -24,11 +24,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.cli import RecipeCLI, run, spelled_out
-from recipes.data import ImageData
 from recipes.errors import BadInput, leave
+from recipes.images.cli import RecipeCLI, run, spelled_out
+from recipes.images.data import ImageData
+from recipes.images.task import ImageTask
 from recipes.quiet import quieten
-from recipes.task import ImageTask
 
 OPTIONS = {"--epochs": "--trainer.max_epochs", "--precision": "--trainer.precision"}
 

@@ -10,7 +10,6 @@ with the picture of the trajectories (tau.png) and everything behind both (demo.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from tqdm import tqdm
 
-from recipes.data import ImageData
 from recipes.errors import BadInput, leave
+from recipes.images.data import ImageData
+from recipes.images.task import ImageTask
 from recipes.quiet import quieten
-from recipes.record import provenance
-from recipes.task import ImageTask
+from recipes.record import DIGITS, provenance, write_json
 from torch_meanfield.lightning import MeanFieldMonitor, plot_tau
 
 DEPTH = 32
@@ -167,7 +166,7 @@ def main() -> None:
             for o in outcomes
         ],
     }
-    (args.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out / "demo.json", result, DIGITS)
     print(f"\nResNet-{DEPTH} on digits, seed {args.seed}, {args.epochs} epochs, {made_by['device']}\n\n{text}\n")
     print("One of the 500 test images is 0.2 %, and this is one seed: too few to rank the networks.")
     print(f"Picture: {args.out / 'tau.png'}   data behind it: {args.out / 'demo.json'}")

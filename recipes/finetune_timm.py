@@ -28,12 +28,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from recipes.cli import CONFIGS, RecipeCLI, spelled_out
 from recipes.errors import BadInput, leave
-from recipes.finetune_data import FinetuneData
-from recipes.finetune_export import NotTheSame, export
-from recipes.finetune_task import FinetuneTask
+from recipes.finetune.data import FinetuneData
+from recipes.finetune.export import NotTheSame, export
+from recipes.finetune.task import FinetuneTask
+from recipes.images.cli import CONFIGS, RecipeCLI, spelled_out
 from recipes.quiet import quieten
+from recipes.record import write_json
 
 CHECKED = 64  # test images on which the plain checkpoint is compared
 FLAGS = {"--pretrained": ["--model.pretrained", "true"], "--plain": ["--model.mean_field", "false"]}
@@ -93,7 +94,7 @@ class FinetuneCLI(RecipeCLI):
                 "born": self.model.born,
                 "plain_checkpoint": self.exported,
             }
-            path.write_text(json.dumps(run, indent=1) + "\n")
+            write_json(path, run)
 
     def _some_images(self) -> Any:
         batch = next(iter(self.datamodule.test_dataloader()))

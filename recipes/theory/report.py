@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from recipes.record import provenance
+from recipes.record import DIGITS, provenance, write_json
 
 
 def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -63,7 +62,7 @@ def save(args: argparse.Namespace, name: str, text: str, results: dict[str, Any]
     # A shared machine blurs the wall clock: the processor's time says what the work was.
     busy = round(time.process_time(), 1)
     made = {"command": command, "seconds": seconds, "processor_seconds": busy, **provenance(torch.device("cpu"))}
-    (args.out / f"{name}.json").write_text(json.dumps({**made, **results}, indent=1) + "\n")
+    write_json(args.out / f"{name}.json", {**made, **results}, DIGITS)
     (args.out / f"{name}.md").write_text(
         f"{text}\nMade by `{command}` in {seconds:.0f} s ({busy:.0f} s of processor time) on {made['device']}.\n"
     )

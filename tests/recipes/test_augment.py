@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from recipes.augment import crop_padding, cut_windows, draw_windows, normalise, pad_crop_mirror
+from recipes.images.augment import crop_padding, cut_windows, draw_windows, normalise, pad_crop_mirror
 
 
 def _windows(image, padding):

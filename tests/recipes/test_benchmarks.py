@@ -9,8 +9,9 @@ import torch
 
 from benchmarks import gpu, lightning_overhead, loader
 from benchmarks.timing import compared, in_turns, table
-from recipes.augment import crop_padding
-from recipes.sources import Images, open_source
+from recipes.images.augment import crop_padding
+from recipes.images.source import Images
+from recipes.images.sources import open_source
 
 
 def test_both_loaders_hand_out_the_same_images_normalised_alike():

@@ -12,10 +12,10 @@ import torch
 import yaml
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from recipes import curve, saving
 from recipes.cifar import long_form
-from recipes.cli import CONFIGS, spelled_out
-from recipes.task import ImageTask
+from recipes.images import curve, saving
+from recipes.images.cli import CONFIGS, spelled_out
+from recipes.images.task import ImageTask
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = (
@@ -311,7 +311,7 @@ def test_a_checkpoint_for_which_there_is_no_room_leaves_the_old_one(tmp_path):
     """Not a stand-in for a full disk: the system itself refuses the bytes, in the middle of the file."""
     code = """
 import resource, signal, torch
-from recipes.saving import WholeFiles, out_of_room
+from recipes.images.saving import WholeFiles, out_of_room
 io, path = WholeFiles(), "last.ckpt"
 io.save_checkpoint({"x": torch.arange(1000)}, path)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

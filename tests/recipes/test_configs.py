@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from recipes.cli import CONFIGS
+from recipes.images.cli import CONFIGS
 from torch_meanfield import MeanFieldResNet
 
 FILES = sorted(path.name for path in CONFIGS.glob("*.yaml"))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from recipes.cifar import main
-from recipes.curve import write_json
-from recipes.task import ImageTask
+from recipes.images.task import ImageTask
+from recipes.record import write_json
 
 QUICK = (
     *("fit", "--data", "digits", "--model.depth", "8", "--trainer.log_every_n_steps", "1"),

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, Subset
 
-from recipes.data import ImageData, InMemory, channel_statistics
 from recipes.errors import BadInput, one_line
-from recipes.resident import ResidentLoader
+from recipes.images.data import ImageData, InMemory, channel_statistics
+from recipes.images.resident import ResidentLoader
 
 
 def _trainer(training=True, rank=0, world_size=1, **kwargs):
@@ -144,7 +144,7 @@ def test_the_images_stay_on_the_device_unless_told_otherwise(image_folder):
 
 def test_what_does_not_fit_the_device_is_loaded_and_refused_if_insisted_on(monkeypatch):
     asked = []
-    monkeypatch.setattr("recipes.data.fits", lambda nbytes, device: asked.append(nbytes))
+    monkeypatch.setattr("recipes.images.data.fits", lambda nbytes, device: asked.append(nbytes))
     assert isinstance(_set_up().train_dataloader(), DataLoader)
     assert asked == [1797 * 64]  # the test images, which are those of the validation, once
     with pytest.raises(BadInput, match=r"--data.resident true: 0.00 GiB of images .* free on cpu"):

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from recipes import finetune_table
-from recipes.finetune_table import main, table
+from recipes.finetune import table as finetune_table
+from recipes.finetune.table import main, table
 
 TINY = '{"patch_size": 1, "depths": [1, 1, 3, 1], "dims": [8, 8, 16, 16], "ls_init_value": 1.0}'
 ARGS = (
@@ -20,7 +20,7 @@ def compare(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["finetune_table.py", *args])
+        monkeypatch.setattr(sys, "argv", ["recipes/finetune/table.py", *args])
         main()
 
     return run
@@ -53,7 +53,7 @@ def test_it_runs_once_and_keeps_what_has_finished(compare, capfd, tmp_path, monk
         compare(*other)
     assert ended.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("finetune_table.py: error: ") and "is of another run" in line
+    assert line.startswith("finetune/table.py: error: ") and "is of another run" in line
 
 
 def _record(error, resorts=0):

@@ -7,9 +7,9 @@ import timm
 import torch
 
 from recipes.errors import BadInput
-from recipes.finetune_data import FinetuneData
-from recipes.finetune_model import Backbone, classifiers, layer_groups
-from recipes.finetune_task import FinetuneTask, rate
+from recipes.finetune.data import FinetuneData
+from recipes.finetune.model import Backbone, classifiers, layer_groups
+from recipes.finetune.task import FinetuneTask, rate
 
 VIT = {"patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
 

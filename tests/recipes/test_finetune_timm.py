@@ -9,10 +9,10 @@ import timm
 import torch
 import yaml
 
-from recipes import finetune_export
-from recipes.cli import CONFIGS
-from recipes.finetune_task import FinetuneTask
+from recipes.finetune import export as finetune_export
+from recipes.finetune.task import FinetuneTask
 from recipes.finetune_timm import long_form, main
+from recipes.images.cli import CONFIGS
 
 # Layer scales of 1, since those of 1e-6 would hide the branches, and tau with them.
 TINY = '{"patch_size": 1, "depths": [1, 1, 3, 1], "dims": [8, 8, 16, 16], "ls_init_value": 1.0}'

@@ -9,7 +9,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from recipes.errors import BadInput
-from recipes.folder import Folder
+from recipes.images.folder import Folder
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from recipes import grid
 from recipes.errors import BadInput
-from recipes.grid import Failed, Job, Place, carry_out, one_line_endings
+from recipes.grids import grid
+from recipes.grids.grid import Failed, Job, Place, carry_out, one_line_endings
 
 TRAINING = """
     import json, os, sys, time

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from recipes.data import ImageData
 from recipes.errors import BadInput
-from recipes.mixup import Mixup
-from recipes.task import ImageTask
+from recipes.images.data import ImageData
+from recipes.images.mixup import Mixup
+from recipes.images.task import ImageTask
 from torch_meanfield import MeanFieldSequential, param_groups, subscribe
 
 PLAIN = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}

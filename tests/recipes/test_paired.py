@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from recipes.paired import paired, told
+from recipes.grids.paired import paired, told
 
 
 def test_mean_and_interval_of_three_pairs():

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DistributedSampler
 
-from recipes.augment import draw_windows
-from recipes.order import Order
-from recipes.resident import ResidentLoader, fits
-from recipes.sources import Images
+from recipes.images.augment import draw_windows
+from recipes.images.order import Order
+from recipes.images.resident import ResidentLoader, fits
+from recipes.images.source import Images
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 

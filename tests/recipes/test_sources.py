@@ -7,7 +7,7 @@ import torch
 from torchvision import datasets
 
 from recipes.errors import BadInput
-from recipes.sources import open_source
+from recipes.images.sources import open_source
 
 
 def _check_cifar(source, pixels, train, num_classes):

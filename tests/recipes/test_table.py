@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes import table
-from recipes.cli import CONFIGS
-from recipes.table import ROWS, TWINS, asked, rendered, run_name, write
+from recipes.grids import table
+from recipes.grids.rows import ROWS, Row, rows
+from recipes.grids.table import TWINS, asked, rendered, run_name, write
+from recipes.images.cli import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,3 +182,22 @@ def test_killed_in_the_middle_and_started_again_the_table_is_the_same(tmp_path):
     assert rows(pieces) == rows(whole)
     assert len(list(first.glob("*/version_*"))) == 2  # it went on; it did not begin anew
     assert re.search(r"\| ResNet-20 \| digits \| 4 \| 1 of 1 \|", done.stdout)
+
+
+def test_a_row_is_added_by_one_configuration(tmp_path):
+    """A copy of the configurations and one more file are one more row, in its place among the sizes."""
+    for path in CONFIGS.glob("*.yaml"):
+        (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / "trainer").mkdir()
+    for path in (CONFIGS / "trainer").glob("*.yaml"):
+        (tmp_path / "trainer" / path.name).write_text(path.read_text())
+    assert rows(tmp_path) == ROWS
+    added = {"trainer": "trainer/300-epochs.yaml", "data": {"name": "cifar10"}, "model": {"depth": 50}}
+    added |= {"table": {"title": "ResNet-50", "published": [9.0, 8.0]}}
+    path = tmp_path / "resnet50-cifar10.yaml"
+    path.write_text(yaml.safe_dump(added))
+    assert rows(tmp_path)["resnet50"] == Row("ResNet-50", path.name, "cifar10", 300, (9.0, 8.0))
+    assert list(rows(tmp_path)) == [*list(ROWS)[:3], "resnet50", *list(ROWS)[3:]]
+    path.write_text(yaml.safe_dump({**added, "table": {"title": "ResNet-50"}}))
+    with pytest.raises(ValueError, match=r"resnet50-cifar10.yaml: table needs a title and published"):
+        rows(tmp_path)

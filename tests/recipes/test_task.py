@@ -5,9 +5,9 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from recipes.data import ImageData
 from recipes.errors import BadInput
-from recipes.task import ImageTask
+from recipes.images.data import ImageData
+from recipes.images.task import ImageTask
 from torch_meanfield.lightning import MeanFieldMonitor
 
 PLAIN = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from recipes import grid, tau_study
 from recipes.cifar import main as cifar
-from recipes.tau_study import (
+from recipes.grids import grid, tau_study
+from recipes.grids.tau_study import (
     SCALES,
     VANILLA,
     Setting,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recipes.pde import OPERATOR, collocation, linear_rate, solution, solve
+from recipes.theory.pde import OPERATOR, collocation, linear_rate, solution, solve
 from tests.theory.jacobians import full_jacobian
 from torch_meanfield.theory.elliptic import BoundaryNet, Collocation, EllipticOperator, bubble
 

@@ -126,7 +126,7 @@ def lightning(folder: Path, steps: int, death: Death) -> dict[str, Any]:
     from torch.optim.swa_utils import get_ema_avg_fn
     from torch.utils.data import DataLoader, TensorDataset
 
-    from recipes.saving import WholeFiles
+    from recipes.images.saving import WholeFiles
     from torch_meanfield.lightning import ExactResume, MeanFieldMonitor
 
     class Files(WholeFiles):

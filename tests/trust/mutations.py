@@ -341,8 +341,8 @@ def hostile_file(checkpoint: dict[str, Any], path: Path, rng: random.Random) -> 
 
 def attempt_file(rng: random.Random) -> tuple[str, str]:
     """One hostile file given to ``--ckpt_path``: what was done, and what is wrong with what came of it."""
-    from recipes.cli import RecipeCLI
     from recipes.errors import BadInput
+    from recipes.images.cli import RecipeCLI
 
     net = MeanFieldResNet(8, 2)
     before = fingerprint(net.state_dict())

@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from recipes.saving import WholeFiles
-from recipes.sharded import FSDP2Strategy
+from recipes.images.saving import WholeFiles
+from recipes.images.sharded import FSDP2Strategy
 from tests.trust.digits import BATCH, Net, differences, digits
 from tests.trust.kills import KEPT, Death, Outcome, clone, newest, write
 from tests.trust.ranks import PRELOAD, Objective, optimizer_for, shard_, whole_state

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.cli import RecipeCLI
 from recipes.errors import BadInput
+from recipes.images.cli import RecipeCLI
 from tests.trust import mutations
 from tests.trust.mutations import SUBJECTS, Executed, attempt_file, soak
 from torch_meanfield import MeanFieldResNet, MeanFieldSequential

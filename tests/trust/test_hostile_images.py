@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from recipes.cifar import main
 from recipes.errors import BadInput
-from recipes.folder import Folder
+from recipes.images.folder import Folder
 
 
 @pytest.fixture

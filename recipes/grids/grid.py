@@ -19,13 +19,13 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from recipes.cli import CONFIGS
-from recipes.curve import write_json
 from recipes.errors import BadInput, leave
-from recipes.saving import out_of_room
+from recipes.images.cli import CONFIGS
+from recipes.images.saving import out_of_room
+from recipes.record import write_json
 from torch_meanfield.lightning import newest_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "recipes/cifar.py"
 POLL = 0.5  # seconds
 

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.optim import Optimizer
 
-from recipes.classifier import Classifier, check
 from recipes.errors import BadInput
-from recipes.finetune_model import Backbone, classifiers, layer_groups, load_weights_
+from recipes.finetune.model import Backbone, classifiers, layer_groups, load_weights_
+from recipes.images.classifier import Classifier, check
 from torch_meanfield import conversion_report, convert, param_groups
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fine-tune one backbone plain and mean-field, side by side, on the half of the classes it has never seen.
 
-    python recipes/finetune_table.py --data cifar10 [--root data] [--seeds 3] [--out runs/finetune]
-    python recipes/finetune_table.py --data folder:PATH --label NAME --out DIR
+    python recipes/finetune/table.py --data cifar10 [--root data] [--seeds 3] [--out runs/finetune]
+    python recipes/finetune/table.py --data folder:PATH --label NAME --out DIR
 
 A timm model learns the first half of the classes from scratch (that is the pretrained checkpoint), and is fine-tuned on
 the other half by `finetune_timm.py`, configuration `configs/finetune/halves.yaml`: plain, mean-field, and mean-field
@@ -23,23 +23,27 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from recipes.cli import CONFIGS
 from recipes.errors import BadInput, leave
-from recipes.finetune_data import FinetuneData
-from recipes.finetune_export import NotTheSame
-from recipes.finetune_picture import draw
+from recipes.finetune.data import FinetuneData
+from recipes.finetune.export import NotTheSame
+from recipes.finetune.picture import draw
 from recipes.finetune_timm import long_form, run
-from recipes.paired import paired, told
+from recipes.grids.paired import paired, told
+from recipes.images.cli import CONFIGS
+from recipes.images.source import Images, Source, Split
+from recipes.images.sources import open_source
 from recipes.quiet import quieten
-from recipes.record import provenance
-from recipes.sources import Images, Source, Split, open_source
+from recipes.record import DIGITS, provenance, write_json
 
 CONFIG = CONFIGS / "finetune" / "halves.yaml"
 PLAIN = "plain"
+# What table and picture take from the record of a run; the whole of it lies in runs/.
+RENDERED = ("data", "weights", "seconds", "processor_seconds", "resorts", "born", "commit", "epochs", "steps")
+RENDERED += ("plain_checkpoint",)
 
 _decoded: dict[tuple[str, str], Images] = {}
 
@@ -101,9 +105,7 @@ def carried_out(folder: Path, name: str, args: list[str]) -> dict[str, Any]:
         "folder": str(log.relative_to(folder)),
         **json.loads((log / "run.json").read_text()),
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    write_json(path, record)
     print(f"{name}: test error {record['epochs'][-1]['val_error']:.2f} %, {record['seconds']:.0f} s", flush=True)
     return record
 
@@ -217,7 +219,7 @@ def main() -> None:
     try:
         pretraining, runs = experiment(args)
     except (BadInput, NotTheSame) as error:
-        leave("finetune_table.py", error)
+        leave("finetune/table.py", error)
     results = args.results or args.out
     results.mkdir(parents=True, exist_ok=True)
     label = args.label or args.data
@@ -227,8 +229,9 @@ def main() -> None:
     processor = sum(record["processor_seconds"] for record in everything)
     command = "python " + shlex.join(sys.argv)
     document = {"command": command, "data": label, **made, "processor_seconds": processor}
-    document |= {"pretraining": pretraining, "runs": runs}
-    (results / "finetune.json").write_text(json.dumps(document, indent=1) + "\n")
+    document["pretraining"] = {key: pretraining[key] for key in ("model", *RENDERED)}
+    document["runs"] = {m: {s: {key: of[s][key] for key in RENDERED} for s in of} for m, of in runs.items()}
+    write_json(results / "finetune.json", document, DIGITS)
     foot = (
         f"\nMade by `{command}` in {processor / 60:.0f} minutes of processor time: {made['device']}, {made['threads']} "
         f"thread, torch {made['versions']['torch']}, timm {made['versions']['timm']}, commit {pretraining['commit']}.\n"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipes.finetune_model import Backbone
+from recipes.finetune.model import Backbone
 from torch_meanfield import conversion_report, fold
 
 # Largest difference of logits, in units of the largest logit.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A second-order elliptic equation with variable coefficients in [0, 1]^d, solved by a two-layer network.
 
-    python recipes/pde.py [--dims 1 2 5] [--out runs/pde]
+    python recipes/theory/pde.py [--dims 1 2 5] [--out runs/pde]
 
 The equation is sum A_ab(x) u_ab + sum b_a(x) u_a + c(x) u = f with A = (1 + |x|^2 / 2d) I + cos(x) cos(x)^T / 4d, b =
 sin(pi x), c = -1 - x_1 and the solution u = e^{mean(x)} prod sin(pi x_i), which is 0 on the boundary, as the network
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor

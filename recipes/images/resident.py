@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from recipes.augment import cut_windows, normalise
-from recipes.order import Order
-from recipes.sources import Images
+from recipes.images.augment import cut_windows, normalise
+from recipes.images.order import Order
+from recipes.images.source import Images
 
 # Of a GPU's free memory, so that the network and what it computes have the rest.
 SHARE = 0.5

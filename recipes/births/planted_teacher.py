@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A planted ReLU teacher (R20, RJBV19): plain gradient descent against birth and death, with the wrapper's defaults.
 
-    python recipes/planted_teacher.py [--seeds 5] [--out runs/planted_teacher]
+    python recipes/births/planted_teacher.py [--seeds 5] [--out runs/planted_teacher]
 
 The teacher is (1/10) sum_k c_k [x . z_k]_+ with directions z_k on the unit sphere of R^50 and signs c_k; the student
 has 50 such units, (1/50) sum_i c_i [x . w_i]_+. Fresh batches of 100 standard normal x, SGD with learning rate 0.02 on
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor, nn
 
-from recipes.comparison import Curve, arguments, draw, save, table, timed
+from recipes.births.comparison import Curve, arguments, draw, save, table, timed
 from torch_meanfield.width import BirthDeathOptimizer
 
 DIM, TEACHERS, STUDENTS, BATCH, LR = 50, 10, 50, 100, 0.02

@@ -12,10 +12,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from recipes.classifier import Batch, Classifier, check
 from recipes.errors import BadInput
-from recipes.mixup import Mixup
-from recipes.sharded import Plan, shard_
+from recipes.images.classifier import Batch, Classifier, check
+from recipes.images.mixup import Mixup
+from recipes.images.sharded import Plan, shard_
 from torch_meanfield import MeanFieldResNet, param_groups
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recipes.errors import BadInput
-from recipes.sharded import Plan
+from recipes.images.sharded import Plan
 from torch_meanfield import BirthDeathOptimizer
 from torch_meanfield.width import Event
 

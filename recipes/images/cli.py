@@ -21,15 +21,15 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.curve import Curve, write_json
 from recipes.errors import BadInput
-from recipes.folder import Folder
-from recipes.record import provenance
-from recipes.resume import check_same_run
-from recipes.saving import WholeFiles, out_of_room
+from recipes.images.curve import Curve
+from recipes.images.folder import Folder
+from recipes.images.resume import check_same_run
+from recipes.images.saving import WholeFiles, out_of_room
+from recipes.record import provenance, write_json
 from torch_meanfield.lightning import ExactResume, MeanFieldMonitor
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DEFAULT_CONFIG = {"digits": "digits.yaml", "fashion-mnist": "resnet20-fashion-mnist.yaml"}
 RUNS = "runs"
 TRAINED_BY = ("max_epochs", "precision", "gradient_clip_val", "accumulate_grad_batches")  # of the trainer's options
@@ -89,6 +89,9 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
         parser.add_argument(
             "--schedule", type=share, default=None, help="share of the configuration's epochs, such as 1/16"
+        )
+        parser.add_argument(
+            "--table", type=dict | None, default=None, help="the row of recipes/table.py: title and published errors"
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
-from recipes.augment import crop_padding, cut_windows, normalise
 from recipes.errors import BadInput
-from recipes.folder import Folder
-from recipes.order import Order
-from recipes.resident import ResidentLoader, fits
-from recipes.sources import Images, open_source
+from recipes.images.augment import crop_padding, cut_windows, normalise
+from recipes.images.folder import Folder
+from recipes.images.order import Order
+from recipes.images.resident import ResidentLoader, fits
+from recipes.images.source import Images
+from recipes.images.sources import open_source
 
 Batch = tuple[Tensor, Tensor]
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from recipes.tau_study import Outcome
+from recipes.grids.tau_settings import Outcome
 
 
 def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:

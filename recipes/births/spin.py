@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The 3-spin target on the sphere (R20): the squared error of a mean-field network falls like 1/n.
 
-    python recipes/spin.py [--seeds 5] [--out runs/spin]
+    python recipes/births/spin.py [--seeds 5] [--out runs/spin]
 
 Target f(x) = (1/d) sum_pqr a_pqr x_p x_q x_r, a standard normal, x uniform on the sphere of radius sqrt(d), d = 10;
 f is scaled to unit variance. The network is (1/n) sum_i c_i [x . w_i / sqrt(d) + b_i]_+. Fresh batches, SGD with a
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor, nn
 
-from recipes.comparison import Curve, Run, arguments, draw, save, timed
+from recipes.births.comparison import Curve, Run, arguments, draw, save, timed
 from torch_meanfield.width import BirthDeathOptimizer
 
 DIM, BATCH, STEPS, DT = 10, 100, 4_000, 0.5

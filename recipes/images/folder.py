@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from recipes.errors import BadInput
-from recipes.sources import Images, Source, Split
+from recipes.images.source import Images, Source, Split
 
 
 def read_rgb(path: str) -> Image.Image:

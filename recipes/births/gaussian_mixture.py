@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A Gaussian mixture in one dimension (R20): the exact scheme of birth and death on exact potentials.
 
-    python recipes/gaussian_mixture.py [--seeds 5] [--out runs/gaussian_mixture]
+    python recipes/births/gaussian_mixture.py [--seeds 5] [--out runs/gaussian_mixture]
 
 Target f(x) = (1/3) sum_k c_k N(x; y_k, s_k) with c = (1, -2, 1), y = (-2, 0, 2) and variances s = (0.5, 1, 0.5); 200
 units c N(x; y, 0.5), of which the network is the mean. The energy E = 1/2 int (f - f_n)^2 dx is a sum of Gaussian
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor
 
-from recipes.comparison import Curve, arguments, draw, save, table, timed
+from recipes.births.comparison import Curve, arguments, draw, save, table, timed
 from torch_meanfield.width import BirthDeathOptimizer
 
 UNITS, DT, VARIANCE = 200, 0.01, 0.5

@@ -7,64 +7,17 @@ import struct
 import sys
 import tarfile
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from recipes.errors import BadInput
-from recipes.saving import NO_ROOM
-
-Split = Literal["train", "test"]
-
-
-@dataclass(frozen=True)
-class Images:
-    """Decoded images.
-
-    Attributes:
-        pixels: ``uint8``, shape ``(N, C, H, W)``.
-        labels: ``int64``, shape ``(N,)``.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def select(self, index: Tensor) -> Images:
-        """The images at ``index`` (int64, shape ``(M,)``)."""
-        return Images(self.pixels[index], self.labels[index])
-
-
-class Source(ABC):
-    """A data set with a training and a test split.
-
-    Attributes:
-        name: how results name it.
-        num_classes: number of classes.
-        in_chans: channels of an image.
-        mirror: whether the mirror image of a member of a class is again a member, so that mirroring is allowed.
-    """
-
-    name: str
-    num_classes: int
-    in_chans: int
-    mirror: bool
-
-    def download(self) -> None:  # noqa: B027 - most sources have nothing to fetch
-        """Fetch what is missing; called in one process only."""
-
-    @abstractmethod
-    def decode(self, split: Split) -> Images:
-        """All images of a split, decoded."""
+from recipes.images.saving import NO_ROOM
+from recipes.images.source import Images, Source, Split
 
 
 class Digits(Source):
@@ -184,7 +137,7 @@ def open_source(data: str, root: Path, size: int | None = None) -> Source:
     """
     kind, _, path = data.partition(":")
     if kind == "folder" and path:
-        from recipes.folder import Folder
+        from recipes.images.folder import Folder
 
         return Folder(Path(path).expanduser(), size)
     if data == "digits":

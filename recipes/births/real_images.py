@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Networks that train well as they are, on real images: what does birth and death change?
 
-    python recipes/real_images.py [--data cifar10] [--root data] [--networks resnet20 vit] [--epochs 4] [--seeds 3]
-                                  [--out runs/real_images]
+    python recipes/births/real_images.py [--data cifar10] [--root data] [--networks resnet20 vit] [--epochs 4]
+                                         [--seeds 3] [--out runs/real_images]
 
 ResNet-20 (no learnable times) under SGD with momentum, the learning rate divided by 10 at 50 % and 75 % of the steps,
 and a small timm ViT (patches of 4 pixels, width 64, depth 6) under AdamW with warm-up and a cosine. Batches of 128, pad
@@ -22,18 +22,20 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
 
-from recipes.augment import crop_padding, normalise, pad_crop_mirror
-from recipes.comparison import Curve, Run, arguments, draw, save, table, timed
-from recipes.data import channel_statistics
+from recipes.births.comparison import Curve, Run, arguments, draw, save, table, timed
 from recipes.errors import BadInput, leave
-from recipes.sources import Images, Source, open_source
+from recipes.images.augment import crop_padding, normalise, pad_crop_mirror
+from recipes.images.data import channel_statistics
+from recipes.images.source import Images, Source
+from recipes.images.sources import open_source
+from recipes.record import write_json
 from torch_meanfield import BirthDeathOptimizer, MeanFieldResNet
 
 BATCH = 128
@@ -171,10 +173,7 @@ def kept(folder: Path, settings: dict[str, Any], setting: str, method: str, seed
             raise BadInput(f"--out {folder} holds runs of other settings ({old['settings']}); pass another folder")
         return Run(**{**old["run"], "curve": [tuple(at) for at in old["run"]["curve"]]})
     done = run()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"settings": settings, "run": asdict(done)}, indent=1) + "\n")
-    partial.rename(path)
+    write_json(path, {"settings": settings, "run": asdict(done)})
     return done
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from recipes.augment import draw_windows
+from recipes.images.augment import draw_windows
 
 
 class Order(DistributedSampler[Any]):

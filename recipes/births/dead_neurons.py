@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A network half of whose ReLUs are dead at the start, on real images: who brings them back, and what it is worth.
 
-    python recipes/dead_neurons.py [--data digits] [--root data] [--epochs 2] [--seeds 5] [--out runs/dead_neurons]
+    python recipes/births/dead_neurons.py [--data digits] [--root data] [--epochs 2] [--seeds 5]
+                                          [--out runs/dead_neurons]
 
 An MLP with two hidden layers of 256; in each, the biases of half of the units begin at -10, so that no image reaches
 them and no gradient wakes them. Adam, batches of 128. The peer re-initialises, at the same steps, units whose mean
@@ -17,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor, nn
 
-from recipes.comparison import Curve, Run, arguments, draw, save, table, timed
-from recipes.data import channel_statistics
+from recipes.births.comparison import Curve, Run, arguments, draw, save, table, timed
 from recipes.errors import BadInput, leave
-from recipes.sources import Images, open_source
+from recipes.images.data import channel_statistics
+from recipes.images.source import Images
+from recipes.images.sources import open_source
 from torch_meanfield.width import BirthDeathOptimizer
 
 WIDTH, BATCH, LR, SHARE = 256, 128, 1e-3, 0.5

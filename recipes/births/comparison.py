@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from recipes.record import provenance
+from recipes.record import DIGITS, provenance, write_json
 
 Curve = list[tuple[float, float]]  # (step or width, value)
 
@@ -74,7 +73,7 @@ def save(out: Path, name: str, text: str, runs: Sequence[Run], settings: dict[st
     command = "python " + shlex.join(sys.argv)
     made = provenance(torch.device("cpu"))
     made_of = {"command": command, "settings": settings, **made, "runs": [asdict(r) for r in runs]}
-    (out / f"{name}.json").write_text(json.dumps(made_of, indent=1) + "\n")
+    write_json(out / f"{name}.json", made_of, DIGITS)
     seconds = sum(r.seconds for r in runs)
     foot = f"\nMade by `{command}` in {seconds / 60:.0f} minutes of training on {made['device']}.\n"
     (out / f"{name}.md").write_text(text + foot)

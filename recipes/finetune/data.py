@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from recipes.data import Batch, ImageData
 from recipes.errors import BadInput
-from recipes.folder import Folder
-from recipes.sources import Images, Source, Split
+from recipes.images.data import Batch, ImageData
+from recipes.images.folder import Folder
+from recipes.images.source import Images, Source, Split
 
 SIDES = {"digits": 8, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32}
 

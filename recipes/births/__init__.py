@@ -1,0 +1,1 @@
+"""Experiments on birth and death, one script each: ``python recipes/births/NAME.py``."""

@@ -1,0 +1,1 @@
+"""Fine-tuning a timm backbone and exporting it as plain timm weights."""

@@ -1,0 +1,1 @@
+"""Many trainings of one recipe: the published table and the study of tau."""

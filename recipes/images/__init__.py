@@ -1,0 +1,1 @@
+"""Image classification: data sets, augmentation, the training task and its command line."""
