@@ -6,7 +6,7 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := torch_meanfield recipes tests benchmarks
+SOURCES := torch_meanfield recipes tests benchmarks tools
 
 .PHONY: help install demo test test-oldest coverage mutation soak lint format format-check types zoo build clean
 
@@ -55,10 +55,10 @@ coverage: $(STAMP)
 
 # About an hour on two cores. Resumes where it stopped; remove mutants/ to begin anew.
 mutation: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py --workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutation.py --workers $(WORKERS)
 
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(wildcard $(SOURCES))
@@ -74,8 +74,8 @@ types: $(STAMP)
 
 # Resumes where it stopped; remove the tables to begin anew.
 zoo: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --workers $(WORKERS)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --workers $(WORKERS) --library torchvision
+	OMP_NUM_THREADS=1 $(BIN)/python tools/zoo.py --workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/zoo.py --workers $(WORKERS) --library torchvision
 
 build: $(STAMP)
 	$(BIN)/python -m build

@@ -186,13 +186,18 @@ def asked(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def document(command: str, outcomes: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
+def document(command: str, outcomes: list[dict[str, Any]], runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What page and picture are made from: all of it is in the records of the runs, which lie beside."""
-    one = runs[0]
+    one = next(iter(runs.values()))
     made = {key: one[key] for key in ("device", "threads", "versions")} | {"precision": one["trainer"]["precision"]}
     rows = [
-        {key: run[key] for key in ("name", "seconds", "commit")} | {"error": [e["val_error"] for e in run["epochs"]]}
-        for run in runs
+        {
+            "name": name,
+            "seconds": run["seconds"],
+            "commit": run["commit"],
+            "error": [e["val_error"] for e in run["epochs"]],
+        }
+        for name, run in runs.items()
     ]
     return {"command": command, **made, "outcomes": outcomes, "runs": rows}
 
@@ -204,7 +209,7 @@ def write(args: argparse.Namespace, records: dict[str, dict[str, Any]], command:
     if not outcomes:
         return
     plain = [{**asdict(o), "half_width": o.half_width if math.isfinite(o.half_width) else None} for o in outcomes]
-    write_json(args.out / "tau_study.json", document(command, plain, list(records.values())), DIGITS)
+    write_json(args.out / "tau_study.json", document(command, plain, records), DIGITS)
     (args.out / "tau_study.md").write_text(rendered(outcomes, records, args, command))
     seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
     title = f"ResNet-{args.depth} on {args.label or args.data}, {args.epochs} epochs, {seeds}"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.zoo import Timm, numbers
+from tools.zoo import Timm, numbers
 
 timm = pytest.importorskip("timm")
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.trust.ranks import FSDP_ON_CPU, together
+from tools.faults.ranks import FSDP_ON_CPU, together
 from torch_meanfield import MeanFieldSequential, subscribe
 
 pytestmark = [

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.properties.strategies import SEEDS
-from tests.trust.mutations import fingerprint
 from tests.width.optimizers import OPTIMIZERS, Net, batch, train, wrap
+from tools.faults.hostile_files import fingerprint
 from torch_meanfield import Slice, transport_
 from torch_meanfield.particles.neurons import neurons_from
 from torch_meanfield.width.births.newborns import split_

@@ -11,8 +11,8 @@ import torch
 
 from recipes.errors import BadInput
 from recipes.images.cli import RecipeCLI
-from tests.trust import mutations
-from tests.trust.mutations import SUBJECTS, Executed, attempt_file, soak
+from tools.faults import hostile_files
+from tools.faults.hostile_files import SUBJECTS, Executed, attempt_file, soak
 from torch_meanfield import MeanFieldResNet, MeanFieldSequential
 from torch_meanfield.particles import load_whole_
 
@@ -28,8 +28,8 @@ def test_a_damaged_state_dict_is_loaded_whole_or_refused_by_name(name: str) -> N
 def test_the_harness_notices_a_load_in_part() -> None:
     """torch's own method copies what fits before it raises."""
 
-    def careless() -> mutations.Subject:
-        subject, model = mutations.a_resnet(), MeanFieldResNet(14, 3)
+    def careless() -> hostile_files.Subject:
+        subject, model = hostile_files.a_resnet(), MeanFieldResNet(14, 3)
         subject.state, subject.load = model.state_dict, lambda s: torch.nn.Module.load_state_dict(model, s)
         return subject
 
@@ -38,13 +38,13 @@ def test_the_harness_notices_a_load_in_part() -> None:
 
 
 def test_the_harness_notices_what_is_swallowed_and_what_is_not_named() -> None:
-    def swallowing() -> mutations.Subject:
-        subject = mutations.a_layer()
+    def swallowing() -> hostile_files.Subject:
+        subject = hostile_files.a_layer()
         subject.load = lambda state: None
         return subject
 
-    def mumbling() -> mutations.Subject:
-        subject = mutations.a_layer()
+    def mumbling() -> hostile_files.Subject:
+        subject = hostile_files.a_layer()
 
         def load(state: object) -> None:
             raise ValueError("bad file")
@@ -65,7 +65,7 @@ def test_a_hostile_file_is_refused_by_its_name_and_not_executed(seed: int) -> No
 def test_the_hostile_pickle_would_run_if_it_were_let(tmp_path: Path) -> None:
     """Else the test above could not fail."""
     path = tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {"net.stem.weight": mutations._Hostile()}}, path)
+    torch.save({"state_dict": {"net.stem.weight": hostile_files._Hostile()}}, path)
     with pytest.raises(Executed):
         torch.load(path, weights_only=False)
     with pytest.raises(BadInput, match="not a readable checkpoint"):
@@ -80,7 +80,8 @@ def _calls(path: Path) -> list[tuple[str, ast.Call]]:
 
 
 def _sources() -> list[Path]:
-    return [p for folder in ("torch_meanfield", "recipes", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]
+    everything = [p for folder in ("torch_meanfield", "recipes", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    return sorted([*everything, *(ROOT / "tools").glob("*.py")])  # tools/faults/ unpickles what it has just pickled
 
 
 def _unsafe(path: Path) -> list[str]:
@@ -116,13 +117,13 @@ def test_a_refused_load_leaves_attributes_and_tensors_of_every_module_as_they_we
     layer = MeanFieldSequential(*(torch.nn.Linear(2, 2) for _ in range(3)), learn_tau=False)
     assert layer._plain
     model = torch.nn.Sequential(layer, torch.nn.Linear(2, 1))
-    before, tensors = mutations.fingerprint(model.state_dict()), dict(model.state_dict(keep_vars=True))
+    before, tensors = hostile_files.fingerprint(model.state_dict()), dict(model.state_dict(keep_vars=True))
     state = {**model.state_dict(), "0.tau_axis.anchor": torch.tensor([3.0, 2.0, 1.0])}
     state["1.weight"] = torch.zeros(5)
     for assign in (False, True):
         with pytest.raises(RuntimeError, match=r"1\.weight"):
             load_whole_(model, state, assign=assign)
-        assert mutations.fingerprint(model.state_dict()) == before and layer._plain
+        assert hostile_files.fingerprint(model.state_dict()) == before and layer._plain
         assert all(model.state_dict(keep_vars=True)[k] is t for k, t in tensors.items())
 
 

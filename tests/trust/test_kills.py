@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from tests.trust.kills import FORMS, Death, killed_and_resumed, random_deaths, run
+from tools.faults.kills import FORMS, Death, killed_and_resumed, random_deaths, run
 from torch_meanfield.lightning import newest_checkpoint
 
 STEPS = 40  # five epochs

@@ -1,6 +1,6 @@
-"""Nothing accumulates in 600 steps with an event in every fourth; ``benchmarks/soak.py`` takes 100,000."""
+"""Nothing accumulates in 600 steps with an event in every fourth; ``tools/soak.py`` takes 100,000."""
 
-from tests.trust.long_runs import long_run
+from tools.faults.long_runs import long_run
 
 
 def test_a_long_run_leaves_everything_as_it_was():

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.convert.networks import CifarResNet, images
 from tests.defaults import other_defaults
-from tests.trust.digits import differences
+from tools.faults.digits import differences
 from torch_meanfield import BirthDeathOptimizer, MeanFieldSequential, convert, fold
 from torch_meanfield.width.search.find import find_populations
 from torch_meanfield.width.search.proof import verify

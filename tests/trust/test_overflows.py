@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.trust.overflows import OPTIMIZERS, overflow_and_compare
+from tools.faults.overflows import OPTIMIZERS, overflow_and_compare
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two processes against the same training on one; ``benchmarks/soak.py`` has four, and 300 steps."""
+"""DDP and FSDP2 on two processes against the same training on one; ``tools/soak.py`` has four, and 300 steps."""
 
 import sys
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.trust import ranks
-from tests.trust.digits import Net
-from tests.trust.ranks import (
+from tools.faults import ranks
+from tools.faults.digits import Net
+from tools.faults.ranks import (
     FSDP_ON_CPU,
     Form,
     all_trained,

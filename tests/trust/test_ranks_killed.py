@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from tests.trust.digits import differences
-from tests.trust.kills import Death
-from tests.trust.ranks import FSDP_ON_CPU
-from tests.trust.ranks_killed import ending, killed_and_resumed, run
+from tools.faults.digits import differences
+from tools.faults.kills import Death
+from tools.faults.ranks import FSDP_ON_CPU
+from tools.faults.ranks_killed import ending, killed_and_resumed, run
 
 EPOCHS = 2
 pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs gloo and SIGKILL")

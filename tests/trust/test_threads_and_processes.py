@@ -6,8 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from tests.trust.company import as_a_copy, beside_workers, in_another_process, in_threads, made, train
-from tests.trust.digits import differences
+from tools.faults.company import as_a_copy, beside_workers, in_another_process, in_threads, made, train
+from tools.faults.digits import differences
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="fork is POSIX")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tests.trust.digits import BLOCKS, digits
 from tests.trust.tools import Net, optimizer_of, train
+from tools.faults.digits import BLOCKS, digits
 from torch_meanfield import BirthDeathOptimizer, Motion, subscribe
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Stack, named_tensors

@@ -14,7 +14,7 @@ from torch.nn.utils import spectral_norm as spectral_norm_hook
 from torch.nn.utils import weight_norm as weight_norm_hook
 
 from tests.depth.reference import ReferenceNet
-from tests.trust.digits import differences
+from tools.faults.digits import differences
 from torch_meanfield import BirthDeathOptimizer, MeanFieldSequential, conversion_report, convert, fold
 from torch_meanfield.particles import Slice
 from torch_meanfield.width import Neurons, find_populations, verify

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.trust.digits import BATCH, BLOCKS, EXAMPLE, UNITS, WIDTH, digits
+from tools.faults.digits import BATCH, BLOCKS, EXAMPLE, UNITS, WIDTH, digits
 from torch_meanfield import BirthDeathOptimizer, MeanFieldSequential, conversion_report, convert, subscribe
 
 Forward = Callable[[Tensor], Tensor]

@@ -1,6 +1,6 @@
 """Small models of a handful of timm families: what is claimed is proven, literally and one by one.
 
-The smallest model of every model file: ``benchmarks/populations_zoo.py``.
+The smallest model of every model file: ``tools/populations_zoo.py``.
 """
 
 from __future__ import annotations

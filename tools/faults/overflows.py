@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.trust.digits import Net, differences, digits, optimizer_of
-from tests.trust.kills import clone
+from tools.faults.digits import Net, differences, digits, optimizer_of
+from tools.faults.kills import clone
 from torch_meanfield import subscribe
 
 

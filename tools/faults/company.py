@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.trust.digits import Net, digits, optimizer_of
-from tests.trust.kills import clone
+from tools.faults.digits import Net, digits, optimizer_of
+from tools.faults.kills import clone
 from torch_meanfield import subscribe
 
 STEPS = 40

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from recipes.images.saving import WholeFiles
 from recipes.images.sharded import FSDP2Strategy
-from tests.trust.digits import BATCH, Net, differences, digits
-from tests.trust.kills import KEPT, Death, Outcome, clone, newest, write
-from tests.trust.ranks import PRELOAD, Objective, optimizer_for, shard_, whole_state
+from tools.faults.digits import BATCH, Net, differences, digits
+from tools.faults.kills import KEPT, Death, Outcome, clone, newest, write
+from tools.faults.ranks import PRELOAD, Objective, optimizer_for, shard_, whole_state
 from torch_meanfield.lightning import ExactResume, MeanFieldMonitor
 
 RANKS = 2

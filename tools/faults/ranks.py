@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn import functional as F
 
-from tests.trust.digits import BATCH, EVERY, Net, differences, digits
+from tools.faults.digits import BATCH, EVERY, Net, differences, digits
 from torch_meanfield import BirthDeathOptimizer, follow, subscribe
 from torch_meanfield.particles.copying import whole
 from torch_meanfield.particles.population import named_tensors
@@ -152,7 +152,7 @@ class Training:
 
 
 def optimizer_for(net: Net, **settings: Any) -> BirthDeathOptimizer:
-    """The optimizer of :mod:`tests.trust.digits` for a network that may be sharded already: nothing is searched for."""
+    """The optimizer of :mod:`tools.faults.digits` for a network that may be sharded already: nothing is searched for."""
     offset = net.stack.tau_axis.offset
     assert offset is not None
     slow = [p for p in net.parameters() if p is not offset]

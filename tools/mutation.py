@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Mutation testing of the population, sorting and birth-death modules, by mutmut; `results/mutation.md` and `.json`.
 
-    python benchmarks/mutation.py [--workers 2] [--patience 5] [--survivors | --report] [MUTANT ...]
+    python tools/mutation.py [--workers 2] [--patience 5] [--survivors | --report] [MUTANT ...]
 
-What is mutated, and which tests must notice, is in setup.cfg under [mutmut]. Mutants live in `mutants/`, a copy of the
-checkout; a run that was stopped goes on where it stopped, and one after a change tests the changed functions again.
+What is mutated, and which tests must notice, is in pyproject.toml under [tool.mutmut]. Mutants live in `mutants/`,
+a copy of the checkout; a run that was stopped goes on where it stopped, and one after a change tests the changed functions again.
 `--survivors` tries the tests of today on the mutants that lived, `--report` only writes the tables. Ends with 1 below
 85 % killed.
 
@@ -223,7 +223,8 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]], survivors: list[dict
         "",
         "Killed: a test fails, the tests run for many times what they take, or the process dies. The wording of errors "
         "and warnings is not mutated (that there is one is), nor are calls of `len`, `isinstance` and `cast`, "
-        "annotations and constants of modules. Only the fast tests listed under `[mutmut]` in setup.cfg are run.",
+        "annotations and constants of modules. Only the fast tests listed under `[tool.mutmut]` in pyproject.toml "
+        "are run.",
         "",
         "## Survivors",
     ]
@@ -248,7 +249,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="only write the tables")
     args = parser.parse_args(arguments)
     if Path.cwd() != ROOT:
-        parser.error(f"mutmut reads setup.cfg of the working directory; run this in {ROOT}")
+        parser.error(f"mutmut reads pyproject.toml of the working directory; run this in {ROOT}")
     if str(ROOT) not in sys.path:  # run as a script
         sys.path.append(str(ROOT))
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -262,7 +263,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
             names += [name for module in verdicts().values() for name, status in module.items() if status not in KILLED]
         adapt(args.patience)
         _run(names, args.workers)
-        command = f"python benchmarks/mutation.py {shlex.join(sys.argv[1:])}".strip()
+        command = f"python tools/mutation.py {shlex.join(sys.argv[1:])}".strip()
         runs.append(f"`{command}`, {(time.perf_counter() - begin) / 60:.0f} minutes")
     score = report(RESULTS, runs)
     print(f"{score:.1f} % of the mutants were killed; see {RESULTS / 'mutation.md'}")

@@ -1,8 +1,8 @@
-"""Convert every model of timm, or of torchvision: one row of ``results/zoo.csv`` for each.
+"""Convert every model of timm, or of torchvision: one row of ``benchmarks/results/zoo.csv`` for each.
 
-    python benchmarks/zoo.py                             # what the table lacks; stops and resumes at any time
-    python benchmarks/zoo.py --only test_vit resnet18    # these names again
-    python benchmarks/zoo.py --library torchvision       # results/zoo_torchvision.csv
+    python tools/zoo.py                             # what the table lacks; stops and resumes at any time
+    python tools/zoo.py --only test_vit resnet18    # these names again
+    python tools/zoo.py --library torchvision       # benchmarks/results/zoo_torchvision.csv
 
 Every name is converted on the meta device, by structure, at its configured input size. Of each model file the smallest
 that converts is then converted with real weights, and checked: ``eval()`` and ``train()`` outputs and the gradients of
@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 FIELDS = (
     "name", "file", "parameters", "verdict", "stages", "particles", "branches", "foldable", "unfoldable",
     "fixed_blocks", "reason", "seconds", "input", "checked",

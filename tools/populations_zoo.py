@@ -1,8 +1,8 @@
-"""Populations of the smallest model of each timm model file: one row of ``results/populations_zoo.csv`` for each.
+"""Populations of the smallest model of each timm model file: rows of ``benchmarks/results/populations_zoo.csv``.
 
-    python benchmarks/populations_zoo.py                     # what the table lacks
-    python benchmarks/populations_zoo.py --only beit resnet  # these files again
-    python benchmarks/populations_zoo.py --literally         # and confirm each population by a permutation of its own
+    python tools/populations_zoo.py                     # what the table lacks
+    python tools/populations_zoo.py --only beit resnet  # these files again
+    python tools/populations_zoo.py --literally         # and confirm each population by a permutation of its own
 
 Each model runs in a child process on one core with a time limit. ``seconds`` is the processor time of
 ``find_populations`` on the smallest input that the model takes, proof included; constructing the model is not.
@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "populations_zoo.csv"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "populations_zoo.csv"
 FIELDS = ("file", "model", "input", "populations", "units", "patterns", "refused", "reasons", "seconds", "confirmed")
 # In the order they are tried: 64 is four patches of 16 a side, and 56 four of 14.
 SIZES = (64, 56, 96, 112, 128, 160, 192, 224, 256)

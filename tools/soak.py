@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The long part of the tests: every fault that a training must survive, many times, in one table.
 
-    python benchmarks/soak.py [--parts kills,overflows,...] [--tries 20] [--steps 100000] [--mutations 1000] [--seed 0]
+    python tools/soak.py [--parts kills,overflows,...] [--tries 20] [--steps 100000] [--mutations 1000] [--seed 0]
 
 Parts: `kills` (SIGKILL at random steps and moments, and inside the write of a checkpoint, `--tries` for each form of
 training), `overflows` (of a GradScaler, at random steps, `--tries` runs for each optimizer), `ranks` (two and four
@@ -60,7 +60,7 @@ def say(text: str) -> None:
 
 
 def kills(args: argparse.Namespace) -> Iterator[Row]:
-    from tests.trust.kills import FORMS, PHASES, Death, killed_and_resumed, random_deaths, run
+    from tools.faults.kills import FORMS, PHASES, Death, killed_and_resumed, random_deaths, run
 
     steps, deaths_each = 80, 4
     for form in FORMS:
@@ -89,7 +89,7 @@ def kills(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def overflows(args: argparse.Namespace) -> Iterator[Row]:
-    from tests.trust.overflows import OPTIMIZERS, overflow_and_compare
+    from tools.faults.overflows import OPTIMIZERS, overflow_and_compare
 
     for name, (inner, options) in OPTIMIZERS.items():
         skipped = unmoved = survived = 0
@@ -103,7 +103,7 @@ def overflows(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def ranks(args: argparse.Namespace) -> Iterator[Row]:
-    from tests.trust.ranks import FSDP_ON_CPU, Form, apart, distance, interrupted, resumed, together, trained
+    from tools.faults.ranks import FSDP_ON_CPU, Form, apart, distance, interrupted, resumed, together, trained
 
     steps, tolerance = 300, 1e-9
     strategies = ("DDP", "FSDP2") if FSDP_ON_CPU else ("DDP",)
@@ -157,8 +157,8 @@ def ranks(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _ranks_killed(args: argparse.Namespace, strategies: tuple[str, ...]) -> Iterator[Row]:
-    from tests.trust.kills import KEPT, Death, random_deaths
-    from tests.trust.ranks_killed import RANKS, killed_and_resumed, run
+    from tools.faults.kills import KEPT, Death, random_deaths
+    from tools.faults.ranks_killed import RANKS, killed_and_resumed, run
 
     epochs, steps, kills = 4, 32, 4
     for strategy in strategies:
@@ -177,7 +177,7 @@ def _ranks_killed(args: argparse.Namespace, strategies: tuple[str, ...]) -> Iter
 
 
 def long(args: argparse.Namespace) -> Iterator[Row]:
-    from tests.trust.long_runs import long_run
+    from tools.faults.long_runs import long_run
 
     figures = long_run(args.steps, args.seed, progress=True)
     grown = figures.memory[1] / figures.memory[0] - 1 if figures.memory[0] else 0.0
@@ -191,8 +191,8 @@ def long(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def company(args: argparse.Namespace) -> Iterator[Row]:
-    from tests.trust.company import as_a_copy, beside_workers, in_another_process, in_threads, made, train
-    from tests.trust.digits import differences
+    from tools.faults.company import as_a_copy, beside_workers, in_another_process, in_threads, made, train
+    from tools.faults.digits import differences
 
     steps, tries = 100, max(1, args.tries // 4)
     alone = {seed: train(made(seed), seed, steps) for seed in range(4)}
@@ -217,7 +217,7 @@ def company(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def hostile(args: argparse.Namespace) -> Iterator[Row]:
-    from tests.trust.mutations import soak
+    from tools.faults.hostile_files import soak
 
     tries = survived = 0
     while tries < args.mutations:
@@ -289,7 +289,7 @@ def main() -> int:
     about = provenance(torch.device("cpu"))  # before files of ours make the checkout another one
     kept = args.out / "soak.json"
     parts: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
-    command = "python benchmarks/soak.py " + shlex.join(sys.argv[1:])
+    command = "python tools/soak.py " + shlex.join(sys.argv[1:])
     fine = True
     text = ""
     for name in asked:

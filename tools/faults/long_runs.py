@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from tests.trust.digits import EVERY, Net, average_of, digits, optimizer_of
+from tools.faults.digits import EVERY, Net, average_of, digits, optimizer_of
 from torch_meanfield import subscribe
 from torch_meanfield.depth import sorting as resort
 from torch_meanfield.particles import events, optimizer_state

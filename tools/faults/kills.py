@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.trust.digits import BATCH, IMAGES, Net, average_of, differences, digits, optimizer_of
+from tools.faults.digits import BATCH, IMAGES, Net, average_of, differences, digits, optimizer_of
 from torch_meanfield.lightning import newest_checkpoint
 
 BATCHES = IMAGES // BATCH

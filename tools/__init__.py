@@ -1,0 +1,1 @@
+"""Long checks of the whole package: fault injection, mutation testing, conversion of every model of a zoo."""
