@@ -17,33 +17,22 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __package__ in (None, ""):  # run as a script: the checkout's packages are found beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import clock_of
 from recipes.record import DIGITS, provenance, write_json
 from torch_meanfield import MeanFieldResNet
 from torch_meanfield.width import BirthDeathOptimizer
-
-
-def seconds(device: torch.device) -> Callable[[], float]:
-    """A clock: processor time, or time by the wall once the device is done."""
-    if device.type == "cpu":
-        return time.process_time
-
-    def wall() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return wall
 
 
 def median_time(run: Callable[[], Any], clock: Callable[[], float], repeats: int) -> float:
@@ -90,7 +79,7 @@ def training_step(make: Callable[[], nn.Module], batch: int, quiet: int, device:
 
     Both kinds of step are taken in turn by one model: two models in two places of memory differ by 2 % by themselves.
     """
-    clock = seconds(device)
+    clock = clock_of(device)
     torch.manual_seed(0)
     model = make().to(device)
     bare_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -153,7 +142,7 @@ def large(n: int, births: str, device: torch.device) -> tuple[BirthDeathOptimize
 
 def event_time(n: int, births: str, device: torch.device, repeats: int) -> dict[str, float]:
     """Median seconds of an event and of one copy of what it touches."""
-    clock = seconds(device)
+    clock = clock_of(device)
     optimizer, touched = large(n, births, device)
     dynamics = optimizer._dynamics
     assert dynamics is not None
@@ -186,7 +175,7 @@ def literal(z: Tensor, c: Tensor, killed: list[int], cloned: list[int]) -> tuple
 
 def against_literal(n: int, device: torch.device) -> dict[str, float]:
     """Median seconds of one event with clones, vectorised and literal, parameters only in the latter."""
-    clock = seconds(device)
+    clock = clock_of(device)
     ours = event_time(n, "clone", device, 9)["event"]
     z, c = torch.randn(n, 64, device=device), torch.randn(n, device=device)
     killed = list(range(0, n, 10))

@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ if __package__ in (None, ""):  # run as a script: the checkout's packages are fo
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.record import DIGITS, provenance, write_json
+from benchmarks.timing import clock_of, compared, in_turns, training_step, written
+from recipes.record import provenance
 from torch_meanfield import conversion_report, convert, fold
 
 MODELS = ("resnet50", "convnext_tiny", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")
@@ -49,68 +50,6 @@ def create(name: str, size: int, device: torch.device) -> nn.Module:
         return timm.create_model(name, img_size=size).to(device)
     except TypeError:  # networks of convolutions take any size
         return timm.create_model(name).to(device)
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """Processor time, or time by the wall once the device is done."""
-    if device.type == "cpu":
-        return time.process_time
-
-    def wall() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return wall
-
-
-def in_turns(
-    contenders: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float], inner: int, label: str
-) -> dict[str, list[float]]:
-    """Seconds of each contender in each repeat, after two calls that are not counted."""
-    for run in contenders.values():
-        run()
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    gc.collect()
-    gc.disable()
-    try:
-        for r in range(repeats):
-            for name in names[r % len(names) :] + names[: r % len(names)]:
-                begin = clock()
-                for _ in range(inner):
-                    contenders[name]()
-                seconds[name].append((clock() - begin) / inner)
-            print(f"\r  {label}: {r + 1}/{repeats}", end="", flush=True, file=sys.stderr)
-    finally:
-        gc.enable()
-    print(file=sys.stderr)
-    return seconds
-
-
-def compared(seconds: dict[str, list[float]], over: str, under: str) -> dict[str, Any]:
-    """Median seconds of both, median ratio within a repeat, and its quartiles."""
-    ratios = sorted(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
-    return {
-        **{name: statistics.median(s) for name, s in seconds.items()},
-        "ratio": statistics.median(ratios),
-        "quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
-    }
-
-
-def training_step(model: nn.Module, images: Tensor, labels: Tensor, autocast: torch.dtype | None) -> Callable[[], None]:
-    """One step of SGD with momentum, as a function."""
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 def inference(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
@@ -139,13 +78,16 @@ def measure(
         stage.module.set_tau_(times)
     seconds = in_turns(
         {
-            "plain": training_step(plain, images, labels, autocast),
-            "converted": training_step(converted, images, labels, autocast),
+            which: partial(
+                training_step(model, autocast, torch.optim.SGD(model.parameters(), 1e-3, 0.9)), images, labels
+            )
+            for which, model in (("plain", plain), ("converted", converted))
         },
         repeats,
         clock,
-        inner,
         f"{name} training",
+        warm_up=2,
+        inner=inner,
     )
     trained = compared(seconds, "converted", "plain")
     folded = fold(converted)
@@ -154,8 +96,9 @@ def measure(
         {"plain": inference(plain, images), "folded": inference(folded, images)},
         repeats,
         clock,
-        inner,
         f"{name} inference",
+        warm_up=2,
+        inner=inner,
     )
     report = conversion_report(folded)
     return {
@@ -230,9 +173,10 @@ def show(result: dict[str, Any]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
+        plain = row["training step"]["seconds"]["plain"]
         lines.append(
             f"| {row['model']}, {row['batch']} x {row['size']} px | {row['device']} ({row['autocast']}) "
-            f"| {row['training step']['plain']:.3f} | {ratio(row['training step'])} | {ratio(row['folded inference'])} "
+            f"| {plain:.3f} | {ratio(row['training step'])} | {ratio(row['folded inference'])} "
             f"| {row['fold_error']:.0e} |"
         )
     for c in result["conversions"]:
@@ -281,8 +225,7 @@ def main() -> None:
         "conversions": conversions,
     }
     print(show(result))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, result, DIGITS)
+    written(result, args.out)
 
 
 if __name__ == "__main__":

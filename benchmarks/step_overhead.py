@@ -10,21 +10,18 @@ step the table shows the naive multiply ``x + dtau * f(x)`` that the fold replac
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 if __package__ in (None, ""):  # run as a script: the checkout's packages are found beside it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.record import DIGITS, provenance, write_json
+from benchmarks.timing import clock_of, compared, in_turns, training_step, written
+from recipes.record import provenance
 from torch_meanfield import MeanFieldResNet, MeanFieldSequential
 
 
@@ -55,64 +52,32 @@ def contenders(depth: int) -> dict[str, nn.Module]:
     return models
 
 
-def step_function(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast: torch.dtype | None
-) -> Callable[[], None]:
-    """One step of the published protocol: forward, backward, SGD with momentum and weight decay."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def timed(step: Callable[[], None], device: torch.device, inner: int) -> float:
-    """Seconds for one step, averaged over ``inner`` of them between two synchronisations."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(inner):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / inner
-
-
 def measure(depth: int, batch: int, repeats: int, device: torch.device, autocast: torch.dtype | None) -> dict:
     """Median seconds of each contender and median ratio to vanilla."""
     images = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)
+    models = {name: model.to(device) for name, model in contenders(depth).items()}
+    # All parameters in one group: the naive stack is no layer that param_groups knows.
     steps = {
-        name: step_function(model.to(device).train(), images, labels, autocast)
-        for name, model in contenders(depth).items()
+        name: partial(
+            training_step(model, autocast, torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)),
+            images,
+            labels,
+        )
+        for name, model in models.items()
     }
     inner = 1 if device.type == "cpu" else 10
-    for step in steps.values():
-        timed(step, device, 3)
-    names = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    gc.disable()
-    for r in range(repeats):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            seconds[name].append(timed(steps[name], device, inner))
-        print(f"\r  resnet{depth}: repeat {r + 1}/{repeats}", end="", flush=True)
-    gc.enable()
-    print()
-    ratios = {name: sorted(t / v for t, v in zip(seconds[name], seconds["vanilla"], strict=True)) for name in names}
+    seconds = in_turns(steps, repeats, clock_of(device, processor=False), f"resnet{depth}", warm_up=3, inner=inner)
+    against = {name: compared(seconds, name, "vanilla") for name in steps}
     return {
         "model": f"resnet{depth}",
         "batch": batch,
         "device": str(device),
         "autocast": str(autocast) if autocast else "off",
         "repeats": repeats,
-        "seconds": {name: statistics.median(s) for name, s in seconds.items()},
-        "ratio": {name: statistics.median(r) for name, r in ratios.items()},
-        "ratio_quartiles": {name: [r[len(r) // 4], r[3 * len(r) // 4]] for name, r in ratios.items()},
+        "seconds": {name: row["seconds"][name] for name, row in against.items()},
+        "ratio": {name: row["ratio"] for name, row in against.items()},
+        "ratio_quartiles": {name: row["quartiles"] for name, row in against.items()},
     }
 
 
@@ -145,10 +110,7 @@ def main() -> None:
             f"| {row['model']} | {row['device']} ({row['autocast']}) | {1e3 * row['seconds']['vanilla']:.1f} "
             f"| {row['ratio']['mean-field']:.3f} ({low:.3f} to {high:.3f}) | {row['ratio']['naive multiply']:.3f} |"
         )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {**provenance(runs[-1][0]), "gpu_measured": torch.cuda.is_available(), "rows": rows}
-    write_json(args.out, result, DIGITS)
-    print(f"written to {args.out}")
+    written({**provenance(runs[-1][0]), "gpu_measured": torch.cuda.is_available(), "rows": rows}, args.out)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def in_turns(
     clock: Callable[[], float],
     label: str = "",
     warm_up: int = 1,
+    inner: int = 1,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each repeat.
 
@@ -54,6 +55,8 @@ def in_turns(
         clock: see :func:`clock_of`.
         label: shown while it runs.
         warm_up: runs of each before the first that counts.
+        inner: runs of a contender in one repeat; the seconds are those of one, in the mean. More than one where the
+            clock has to wait for a device.
     """
     for run in contenders.values():
         for _ in range(warm_up):
@@ -66,8 +69,9 @@ def in_turns(
             for name in names[r % len(names) :] + names[: r % len(names)]:
                 gc.collect()
                 begin = clock()
-                contenders[name]()
-                seconds[name].append(clock() - begin)
+                for _ in range(inner):
+                    contenders[name]()
+                seconds[name].append((clock() - begin) / inner)
             print(f"\r  {label}: {r + 1}/{repeats}", end="", flush=True, file=sys.stderr)
     finally:
         gc.enable()
@@ -86,9 +90,13 @@ def compared(seconds: dict[str, list[float]], over: str, under: str) -> dict[str
     }
 
 
-def training_step(model: nn.Module, autocast: torch.dtype | None) -> Callable[[Tensor, Tensor], None]:
-    """A step of the published protocol on a batch: forward, backward, SGD with momentum and weight decay."""
-    optimizer = torch.optim.SGD(param_groups(model.train(), 0.1, 1e-4), momentum=0.9)
+def training_step(
+    model: nn.Module, autocast: torch.dtype | None, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[Tensor, Tensor], None]:
+    """A step on a batch: forward, backward, optimizer; by default the published protocol's SGD with momentum."""
+    model.train()
+    if optimizer is None:
+        optimizer = torch.optim.SGD(param_groups(model, 0.1, 1e-4), momentum=0.9)
 
     def step(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()

@@ -4,9 +4,9 @@
     python tools/mutation.py [--workers 2] [--patience 5] [--survivors | --report] [MUTANT ...]
 
 What is mutated, and which tests must notice, is in pyproject.toml under [tool.mutmut]. Mutants live in `mutants/`,
-a copy of the checkout; a run that was stopped goes on where it stopped, and one after a change tests the changed functions again.
-`--survivors` tries the tests of today on the mutants that lived, `--report` only writes the tables. Ends with 1 below
-85 % killed.
+a copy of the checkout; a run that was stopped goes on where it stopped, and one after a change tests the changed
+functions again. `--survivors` tries the tests of today on the mutants that lived, `--report` only writes the tables.
+Ends with 1 below 85 % killed.
 
 mutmut itself leaves out decorated functions, and with them most of what moves particles, which is decorated with
 ``torch.no_grad()``: those are mutated here. It mutates the wording of messages, which no test should pin: here it does

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recipes.errors import BadInput
-from recipes.images.sharded import Plan
+from recipes.images.sharded import FoundPopulations
 from torch_meanfield import BirthDeathOptimizer
 from torch_meanfield.width import Event
 
@@ -52,7 +52,7 @@ class Classifier(LightningModule):
         self.birth_death_every = birth_death_every if birth_death else None
         self.born = 0
         self._wrapper: BirthDeathOptimizer | None = None
-        self._plan: Plan | None = None  # the populations of a network that is sharded
+        self._found: FoundPopulations | None = None  # the populations of a network that is sharded
 
     def lay_out_(self) -> None:
         """Give the weights of ``net`` their memory format; call it when they exist."""
@@ -100,10 +100,10 @@ class Classifier(LightningModule):
             return optimizer
         batch = self._compiled_batch()  # a compiled network shows neither its samples nor where the loss is steep
         options: dict[str, Any] = {"every": self.birth_death_every, "batch_size": batch, "steep": batch is None}
-        if self._plan is None:
+        if self._found is None:
             options["example_input"] = example().to(self.device)
         else:
-            options["populations"] = self._plan.within(self.net)
+            options["populations"] = self._found.within(self.net)
         self._wrapper = BirthDeathOptimizer(optimizer, self.net, **options)
         self._wrapper.register_event_hook(self._count)
         return self._wrapper
@@ -120,13 +120,13 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["born"] = self.born
-        if self._plan is not None and self._wrapper is not None:
+        if self._found is not None and self._wrapper is not None:
             # The tools that gather a sharded optimizer's state take what torch's own optimizers have.
             checkpoint[APART] = self._wrapper.birth_death_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.born = checkpoint.get("born", 0)
-        if self._plan is not None and self._wrapper is not None and APART in checkpoint:
+        if self._found is not None and self._wrapper is not None and APART in checkpoint:
             self._wrapper.load_birth_death_state(checkpoint[APART])
 
 

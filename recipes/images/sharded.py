@@ -63,7 +63,7 @@ def _send_buffers(net: nn.Module, args: tuple[Any, ...]) -> None:
             buffer.copy_(part.view_as(buffer))
 
 
-class Plan:
+class FoundPopulations:
     """The populations of a network, found while it is whole; sharding replaces every parameter by another object.
 
     Args:

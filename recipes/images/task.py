@@ -15,7 +15,7 @@ from torch import Tensor
 from recipes.errors import BadInput
 from recipes.images.classifier import Batch, Classifier, check
 from recipes.images.mixup import Mixup
-from recipes.images.sharded import Plan, shard_
+from recipes.images.sharded import FoundPopulations, shard_
 from torch_meanfield import MeanFieldResNet, param_groups
 
 
@@ -126,8 +126,8 @@ class ImageTask(Classifier):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             if self.ema is not None:
                 raise BadInput(f"--model.ema {self.ema}: averages of a divided model are not kept; pass null, or ddp")
-            if self.birth_death_every is not None and self._plan is None:
-                self._plan = Plan(self.net, self._example())
+            if self.birth_death_every is not None and self._found is None:
+                self._found = FoundPopulations(self.net, self._example())
             shard_(self.net, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_meanfield.theory.diagnosis.advise import advise
-from torch_meanfield.theory.diagnosis.report import SKIP, Kernel, Layer
+from torch_meanfield.theory.diagnosis.parts import SKIP, Kernel, Layer
 
 NO_KERNEL = Kernel(0, torch.empty(0, dtype=torch.float64), "not asked for")
 

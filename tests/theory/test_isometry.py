@@ -66,17 +66,23 @@ def test_first_and_last_gradients_of_ten_thousand_layers_within_a_factor_of_two(
     assert float(norms.max() / norms.min()) < 2
 
 
-def test_a_deep_vanilla_cnn_learns_digits_and_with_he_weights_does_not():
+@pytest.mark.parametrize("seed", range(2))
+def test_a_deep_vanilla_cnn_learns_digits_and_with_he_weights_does_not(seed):
+    """The same steps take one network far below the loss of a guess, log 10, and never bring the other down to it.
+
+    With He weights the outputs are chaotic: the loss starts near 70 and jumps by tens from step to step, so that two of
+    its values compare by chance, in another order on another processor.
+    """
     depth, images, labels = 400, digits(16), torch.from_numpy(load_digits().target[:16])
     edge = edge_at(torch.tanh, 0.1 / depth)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = DeepCNN(depth, 6, edge.q_star.item())
     isometric_(model, edge.sigma_w.item())
-    losses = train(model, lambda step: (images, labels), 25, 0.04 / depth)
-    assert losses[-1] < 0.5 * losses[0]
+    isometric = train(model, lambda step: (images, labels), 25, 0.04 / depth)
     he_(model)
-    losses = train(model, lambda step: (images, labels), 10, 0.04 / depth)
-    assert not losses[-1] < losses[0]
+    he = train(model, lambda step: (images, labels), 25, 0.04 / depth)
+    assert isometric[-1] < math.log(10) / 5
+    assert min(he) > 1.5 * math.log(10), "not even the best of the noisy losses is near a guess"
 
 
 @pytest.mark.parametrize("weights", ["gaussian", "orthogonal"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.theory.jacobians import full_jacobian
 from torch_meanfield.theory.ntk import empirical_ntk
-from torch_meanfield.theory.tangent_plan import plan
+from torch_meanfield.theory.tangent_routes import routes
 
 
 class Odd(nn.Module):
@@ -96,16 +96,16 @@ def test_small_workspaces_change_nothing(monkeypatch):
     model, x = convolutional(), images(5, 2, 6, 6)
     whole = empirical_ntk(model, x)
     for bytes_ in (1, 1 << 12, 1 << 15):
-        monkeypatch.setattr("torch_meanfield.theory.tangent_plan.SMALLEST_WORKSPACE", bytes_)
-        monkeypatch.setattr("torch_meanfield.theory.tangent_plan.LARGEST_WORKSPACE", bytes_)
+        monkeypatch.setattr("torch_meanfield.theory.tangent_routes.SMALLEST_WORKSPACE", bytes_)
+        monkeypatch.setattr("torch_meanfield.theory.tangent_routes.LARGEST_WORKSPACE", bytes_)
         torch.testing.assert_close(empirical_ntk(model, x), whole)
 
 
 def test_what_is_understood_needs_no_jacobian_and_what_is_not_goes_through_torch_func():
     torch.manual_seed(0)
-    plain = plan(convolutional().eval(), images(2, 2, 6, 6), trace=False)
+    plain = routes(convolutional().eval(), images(2, 2, 6, 6), trace=False)
     assert not plain.functional and set(plain.factored) == {"0.weight", "3.weight", "9.weight"}
-    odd = plan(Odd().double().eval(), images(2, 12), trace=False)
+    odd = routes(Odd().double().eval(), images(2, 12), trace=False)
     assert {"gain", "unused", "window.weight", "tied.weight"} <= {name for group in odd.functional for name in group}
     assert set(odd.factored) == {"twice.weight"} and "norm.weight" in odd.dense
 

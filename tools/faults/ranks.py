@@ -152,7 +152,7 @@ class Training:
 
 
 def optimizer_for(net: Net, **settings: Any) -> BirthDeathOptimizer:
-    """The optimizer of :mod:`tools.faults.digits` for a network that may be sharded already: nothing is searched for."""
+    """The optimizer of :mod:`.digits` for a network that may be sharded already: nothing is searched for."""
     offset = net.stack.tau_axis.offset
     assert offset is not None
     slow = [p for p in net.parameters() if p is not offset]

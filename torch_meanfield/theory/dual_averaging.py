@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_meanfield.theory.langevin import LangevinOptimizer, check_group
+from torch_meanfield.theory.langevin import LangevinOptimizer
 
 
 class ParticleDualAveraging(LangevinOptimizer):
@@ -62,8 +62,7 @@ class ParticleDualAveraging(LangevinOptimizer):
         inner_steps: int = 10,
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "temperature": temperature, "weight_decay": weight_decay, "particles": particles}
-        check_group(defaults)
+        super().__init__(params, lr, temperature=temperature, weight_decay=weight_decay, particles=particles, seed=seed)
         if float(temperature) == 0:
             raise ValueError("temperature must be positive: the average is sampled, not minimised")
         if isinstance(inner_steps, bool) or not isinstance(inner_steps, int):
@@ -73,7 +72,6 @@ class ParticleDualAveraging(LangevinOptimizer):
         self.inner_steps = inner_steps
         self.outer_steps = 0  #: outer steps done, t
         self._average: Tensor | None = None  # sum_s 2 s d^(s) / ((t + 1)(t + 2))
-        super().__init__(params, defaults, seed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:  # type: ignore[override]
@@ -127,35 +125,21 @@ class ParticleDualAveraging(LangevinOptimizer):
             raise TypeError(f"the closure must return two tensors, (loss, outputs); it returned {type(made).__name__}")
         return made
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the optimizer knows: generators, the number of outer steps and the average included."""
-        return {**super().state_dict(), "dual": self._dual_state()}
+    _kept = ("noise", "dual")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state.
-
-        Raises:
-            ValueError: a state of another optimizer, before anything is changed.
-        """
-        dual = state_dict.get("dual")
+    def _check_own(self, state: dict[str, Any]) -> None:
+        dual = state.get("dual")
         if not isinstance(dual, dict) or not {"outer_steps", "average", "inner_steps"} <= dual.keys():
             raise ValueError("the state holds no dual average; it is not one of ParticleDualAveraging.state_dict()")
-        super().load_state_dict(state_dict)
-        self._load_dual(dual)
+        super()._check_own(state)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "dual": self._dual_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        dual = state.pop("dual", None)
-        super().__setstate__(state)
-        if dual is not None:
-            self._load_dual(dual)
-
-    def _dual_state(self) -> dict[str, Any]:
+    def _own_state(self) -> dict[str, Any]:
         average = None if self._average is None else self._average.clone()
-        return {"outer_steps": self.outer_steps, "average": average, "inner_steps": self.inner_steps}
+        dual = {"outer_steps": self.outer_steps, "average": average, "inner_steps": self.inner_steps}
+        return {**super()._own_state(), "dual": dual}
 
-    def _load_dual(self, dual: dict[str, Any]) -> None:
+    def _load_own(self, state: dict[str, Any]) -> None:
+        super()._load_own(state)
+        dual = state["dual"]
         self.outer_steps, self.inner_steps = int(dual["outer_steps"]), int(dual["inner_steps"])
         self._average = None if dual["average"] is None else dual["average"].clone()

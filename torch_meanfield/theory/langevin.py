@@ -17,7 +17,18 @@ class LangevinOptimizer(Optimizer):
     Noise is drawn by one generator for each device, never by the global one.
     """
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        temperature: float,
+        weight_decay: float = 0.0,
+        particles: float = 1,
+        seed: int = 0,
+    ) -> None:
+        defaults = {"lr": lr, "temperature": temperature, "weight_decay": weight_decay, "particles": particles}
+        check_group(defaults)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer, got {seed!r}")
         self._seed = seed
@@ -58,7 +69,7 @@ class LangevinOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimizer knows, the state of its generators included."""
-        return {**super().state_dict(), "noise": self._noise_state()}
+        return {**super().state_dict(), **self._own_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state.
@@ -66,32 +77,39 @@ class LangevinOptimizer(Optimizer):
         Raises:
             ValueError: a state of another optimizer, before anything is changed.
         """
-        noise = state_dict.get("noise")
-        if not isinstance(noise, dict) or not {"seed", "generators"} <= noise.keys():
-            raise ValueError(
-                f"the state holds no generators (its keys are {sorted(map(str, state_dict))}); it is not one of "
-                f"{type(self).__name__}.state_dict()"
-            )
+        self._check_own(state_dict)
         super().load_state_dict({k: v for k, v in state_dict.items() if k in ("state", "param_groups")})
-        self._load_noise(noise)
+        self._load_own(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "noise": self._noise_state()}
+        return {**super().__getstate__(), **self._own_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        noise = state.pop("noise", None)
+        own = {key: state.pop(key) for key in self._kept if key in state}
         super().__setstate__(state)
-        if noise is not None:
-            self._load_noise(noise)
+        if own:  # torch calls this to load a plain state too
+            self._load_own(own)
 
-    def _noise_state(self) -> dict[str, Any]:
-        return {"seed": self._seed, "generators": {device: g.get_state() for device, g in self._generators.items()}}
+    # A subclass that keeps more extends these three, and names its key here.
+    _kept: tuple[str, ...] = ("noise",)
 
-    def _load_noise(self, noise: dict[str, Any]) -> None:
-        self._seed = int(noise["seed"])
+    def _check_own(self, state: dict[str, Any]) -> None:
+        noise = state.get("noise")
+        if not isinstance(noise, dict) or not {"seed", "generators"} <= noise.keys():
+            raise ValueError(
+                f"the state holds no generators (its keys are {sorted(map(str, state))}); it is not one of "
+                f"{type(self).__name__}.state_dict()"
+            )
+
+    def _own_state(self) -> dict[str, Any]:
+        states = {device: g.get_state() for device, g in self._generators.items()}
+        return {"noise": {"seed": self._seed, "generators": states}}
+
+    def _load_own(self, state: dict[str, Any]) -> None:
+        self._seed = int(state["noise"]["seed"])
         self._generators = {}
-        for device, state in noise["generators"].items():
-            self._generator(torch.device(device)).set_state(state.cpu())
+        for device, own in state["noise"]["generators"].items():
+            self._generator(torch.device(device)).set_state(own.cpu())
 
 
 class MeanFieldLangevin(LangevinOptimizer):
@@ -130,20 +148,6 @@ class MeanFieldLangevin(LangevinOptimizer):
 
     Source: Hu, Ren, Siska, Szpruch 2019 (arXiv:1905.07769); Nitanda, Wu, Suzuki 2022 for the rate.
     """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        *,
-        temperature: float,
-        weight_decay: float = 0.0,
-        particles: float = 1,
-        seed: int = 0,
-    ) -> None:
-        defaults = {"lr": lr, "temperature": temperature, "weight_decay": weight_decay, "particles": particles}
-        check_group(defaults)
-        super().__init__(params, defaults, seed)
 
     @overload
     def step(self, closure: None = None) -> None: ...

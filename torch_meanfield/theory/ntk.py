@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_meanfield.theory.contraction import add_product_
-from torch_meanfield.theory.tangent_plan import Plan, plan
+from torch_meanfield.theory.tangent_routes import Routes, routes
 from torch_meanfield.theory.uses import Use, differentiate_, observe, trained
 
 
@@ -79,17 +79,17 @@ def _kernel(
     counts = (len(x), None if y is None else len(y))
     # Two samples tell how the parameters are used, that samples do not interact, and what a sample costs.
     with torch.enable_grad():
-        made = plan(model, torch.cat([x[:1], others[-1:]]), trace=trace)
-    size = made.block_size(counts, block_size, max_bytes)
-    workspace = made.workspace(counts, size, max_bytes)
-    rows = made.rows
-    kernel = torch.zeros(len(x) * rows, len(others) * rows, dtype=made.dtype, device=made.device)
+        route = routes(model, torch.cat([x[:1], others[-1:]]), trace=trace)
+    size = route.block_size(counts, block_size, max_bytes)
+    workspace = route.workspace(counts, size, max_bytes)
+    rows = route.rows
+    kernel = torch.zeros(len(x) * rows, len(others) * rows, dtype=route.dtype, device=route.device)
     for i in range(0, len(x), size):
-        left = _Block(model, x[i : i + size], made, trace)
+        left = _Block(model, x[i : i + size], route, trace)
         for j in range(i if y is None else 0, len(others), size):
-            right = left if y is None and i == j else _Block(model, others[j : j + size], made, trace)
+            right = left if y is None and i == j else _Block(model, others[j : j + size], route, trace)
             at = slice(i * rows, (i + size) * rows), slice(j * rows, (j + size) * rows)
-            _add_(kernel[at], left, right, made, workspace)
+            _add_(kernel[at], left, right, route, workspace)
             if y is None and i != j:
                 kernel[at[1], at[0]] = kernel[at].T
     return kernel
@@ -98,10 +98,10 @@ def _kernel(
 class _Block:
     """The Jacobian of some samples: factors for each weight, and the rest through torch.func on demand."""
 
-    def __init__(self, model: nn.Module, x: Tensor, made: Plan, trace: bool) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, route: Routes, trace: bool) -> None:
         self.model, self.x, self.trace = model, x, trace
         self.uses: list[Use] = []
-        structured = {*made.factored, *made.dense}
+        structured = {*route.factored, *route.dense}
         if structured:
             names = {id(p): name for name, p in trained(model).items() if name in structured}
             out, self.uses, _ = observe(model, x, names)
@@ -141,16 +141,16 @@ class _Block:
         return jacobian.flatten(1) if self.trace else jacobian.flatten(0, 1)
 
 
-def _add_(kernel: Tensor, left: _Block, right: _Block, made: Plan, workspace: int) -> None:
+def _add_(kernel: Tensor, left: _Block, right: _Block, route: Routes, workspace: int) -> None:
     same = left is right
-    for name, groups in made.factored.items():
+    for name, groups in route.factored.items():
         factors = left.factors(name, groups)
         others = factors if same else right.factors(name, groups)
         add_product_(kernel, factors, others, groups=groups, workspace=workspace)
-    for name in made.dense:
+    for name in route.dense:
         rows = left.dense(name)
         kernel.addmm_(rows, (rows if same else right.dense(name)).T)
-    for names in made.functional:
+    for names in route.functional:
         rows = left.functional(names)
         kernel.addmm_(rows, (rows if same else right.functional(names)).T)
 

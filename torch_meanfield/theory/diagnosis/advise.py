@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from torch_meanfield.theory.diagnosis.report import SKIP, Finding, Kernel, Layer, Particles
+from torch_meanfield.theory.diagnosis.parts import SKIP, Finding, Kernel, Layer, Particles
 
 # Where a number begins to stand out. A factor of 30 in gradient norms between neighbours of a classifier is common.
 GRADIENT_RATIO = 100.0

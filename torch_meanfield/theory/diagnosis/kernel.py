@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_meanfield.observe import tensors_in
-from torch_meanfield.theory.diagnosis.report import Kernel
+from torch_meanfield.theory.diagnosis.parts import Kernel
 from torch_meanfield.theory.ntk import empirical_ntk
 
 

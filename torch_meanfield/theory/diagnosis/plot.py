@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
+
+from torch_meanfield.theory.diagnosis.parts import Finding, Kernel, Layer, Particles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torch_meanfield.theory.diagnosis.report import Diagnosis
 
+def draw(
+    title: str,
+    layers: Sequence[Layer],
+    particles: Sequence[Particles],
+    kernel: Kernel,
+    findings: Sequence[Finding],
+) -> Figure:
+    """Six panels under ``title`` and the worst findings.
 
-def draw(found: Diagnosis) -> Figure:
-    """Six panels: length, correlation, gradients, chi, dead units and potentials, steps or the kernel's spectrum."""
+    They show length, correlation, gradients, chi, dead units and potentials, and steps or the kernel's spectrum.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.4), layout="constrained")
     axes: Any = figure.subplots(2, 3)
-    layers = found.layers
     panels: tuple[tuple[Any, str, tuple[tuple[str, list[float]], ...], str], ...] = (
         (axes[0][0], "length q", (("mean square of outputs", [a.q for a in layers]),), "log"),
         (axes[0][1], "correlation of two inputs", (("measured", [a.correlation for a in layers]),), "linear"),
@@ -36,7 +45,7 @@ def draw(found: Diagnosis) -> Figure:
             "linear",
         ),
     )
-    for axis, title, curves, scale in panels:
+    for axis, name, curves, scale in panels:
         for label, values in curves:
             at = [(i, v) for i, v in enumerate(values) if math.isfinite(v) and (v > 0 or scale == "linear")]
             if at:
@@ -44,27 +53,27 @@ def draw(found: Diagnosis) -> Figure:
         if axis.lines:
             axis.set_yscale(scale)
             axis.legend(fontsize=8)
-        axis.set(title=title, xlabel="layer")
+        axis.set(title=name, xlabel="layer")
         axis.grid(alpha=0.3)
     axes[1][0].axhline(1, color="grey", linewidth=1)
-    _last_panel(axes[1][2], found)
-    notes = [str(f) for f in found.findings] or ["Nothing stands out."]
+    _last_panel(axes[1][2], particles, kernel)
+    notes = [str(f) for f in findings] or ["Nothing stands out."]
     shown = "\n".join(line for note in notes[:4] for line in wrap(note, 170))
-    figure.suptitle(f"{found.model}, {found.batch} inputs, {found.loss_name} {found.loss:.4g}\n{shown}", fontsize=9)
+    figure.suptitle(f"{title}\n{shown}", fontsize=9)
     return figure
 
 
-def _last_panel(axis: Any, found: Diagnosis) -> None:
+def _last_panel(axis: Any, particles: Sequence[Particles], kernel: Kernel) -> None:
     axis.grid(alpha=0.3)
-    if not found.kernel.skipped:
-        values = found.kernel.eigenvalues
+    if not kernel.skipped:
+        values = kernel.eigenvalues
         values = values.clamp_min(1e-16 * values[-1].item())  # what is 0 to rounding
         axis.plot(range(1, len(values) + 1), values, "o-", color="black", label="eigenvalues of the tangent kernel")
         axis.set(yscale="log", xlabel="rank (ascending)")
         axis.legend(fontsize=8, loc="upper left")
-    axis.set_title("tangent kernel" + (" and steps dtau" if found.particles else ""))
-    if found.particles:
+    axis.set_title("tangent kernel" + (" and steps dtau" if particles else ""))
+    if particles:
         steps = axis.twinx() if axis.lines else axis
-        for p in found.particles:
+        for p in particles:
             steps.plot(range(1, len(p.steps) + 1), p.steps, alpha=0.6, label=f"{p.name}, horizon {p.horizon:.3g}")
         steps.legend(fontsize=7, loc="lower right")

@@ -14,9 +14,10 @@ from torch_meanfield.depth import MeanFieldSequential
 from torch_meanfield.observe import private_copy, tensors_in, undisturbed
 from torch_meanfield.theory.diagnosis.advise import advise
 from torch_meanfield.theory.diagnosis.kernel import kernel_of
+from torch_meanfield.theory.diagnosis.parts import SKIP, Kernel, Layer, Particles
 from torch_meanfield.theory.diagnosis.predict import Prediction, predict
 from torch_meanfield.theory.diagnosis.record import Recorder, Trace, layers_of
-from torch_meanfield.theory.diagnosis.report import SKIP, Diagnosis, Kernel, Layer, Particles
+from torch_meanfield.theory.diagnosis.report import Diagnosis
 
 Loss = Callable[[Any], Tensor]
 _READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -1,4 +1,4 @@
-"""What the tangent kernel of a model will need, found out from two samples before the work begins."""
+"""The routes by which a model's tangent kernel is computed and the memory they take, found from two samples."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FUNCTIONAL_GROUP = 1 << 22  # numbers per sample and output that torch.func is a
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How each trained parameter is treated, and what a sample costs in bytes.
+class Routes:
+    """By which route each parameter's part of the kernel is computed, and what a sample costs in bytes.
 
     Attributes:
         factored: weights whose Jacobian stays in factors, and the groups of the convolution (else 1).
@@ -85,8 +85,8 @@ class Plan:
         return max(SMALLEST_WORKSPACE, min(LARGEST_WORKSPACE, free))
 
 
-def plan(model: nn.Module, pair: Tensor, *, trace: bool) -> Plan:
-    """Run two samples through the model and see.
+def routes(model: nn.Module, pair: Tensor, *, trace: bool) -> Routes:
+    """Find the routes by running two samples through the model.
 
     A parameter keeps its factors only if they give, for a random combination of the outputs, the gradient that
     autograd gives; otherwise (it is used where the observer does not see it, or samples do not lie in the first
@@ -124,7 +124,7 @@ def plan(model: nn.Module, pair: Tensor, *, trace: bool) -> Plan:
             columns, rows = use.columns()[:1], use.rows()[:1]
             per_sample.append(2 * (columns.numel() + outputs * rows.numel()))
             channel.append((1 if trace else outputs) * columns.shape[2])
-    return Plan(
+    return Routes(
         factored={name: g for name, g in factored.items() if name is not None and name in proven},
         dense=sorted(name for name in dense if name in proven and name is not None),
         functional=groups,

@@ -1,0 +1,84 @@
+"""The parts of a diagnosis: layers, mean-field stacks, the tangent kernel and what stands out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+SKIP = "skip"  # the kind of a row that is no layer but the sum of a skip connection
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of one layer with weights, or one sum of a skip connection. ``nan``: does not apply, or is not known.
+
+    Attributes:
+        name: the module's, ``[k]`` behind it from its second call on, ``+`` behind it for the sum after it.
+        kind: its class, or ``"skip"`` for a sum: a point of the residual stream.
+        q: mean square of its outputs.
+        correlation: mean over pairs of inputs of the product of their outputs, over their mean square.
+        gradient: norm of the loss's gradient by its outputs, the whole batch's.
+        weight_gradient: norm of the loss's gradient by its parameters.
+        activation: name of the activation behind it, ``""`` if none was seen before the next layer.
+        norm: name of the normalisation between, or ``""``.
+        dead: share of the units behind that activation with one and the same output for every input and position.
+        chi: predicted factor on squared gradient norms, going back through one such layer and what follows it, in a
+            stack of such layers without skip connections.
+        depth_scale: predicted depth, in such layers, over which squared gradients, or (without normalisation)
+            correlations, change by a factor e: whichever is less.
+        critical_gain: by what to multiply the weights to bring chi to 1; ``nan`` behind normalisation.
+        potential_spread: deviation of the potentials of the units the layer reads, times their number, in units of the
+            loss; ``nan`` where units are not single input channels.
+        potential_extreme: the potential furthest from their mean, in deviations.
+    """
+
+    name: str
+    kind: str
+    q: float
+    correlation: float
+    gradient: float
+    weight_gradient: float = float("nan")
+    activation: str = ""
+    norm: str = ""
+    dead: float = float("nan")
+    chi: float = float("nan")
+    depth_scale: float = float("nan")
+    critical_gain: float = float("nan")
+    potential_spread: float = float("nan")
+    potential_extreme: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Particles:
+    """One mean-field stack: ``horizon`` the last tau, ``steps`` the n step sizes, ``name`` the module's."""
+
+    name: str
+    horizon: float
+    steps: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """The tangent kernel on part of the batch, of the outputs along one random direction, in ``eval()`` mode.
+
+    Attributes:
+        samples: on how many inputs.
+        eigenvalues: ascending, float64 ``(samples,)``; empty if it was not computed.
+        skipped: why it was not computed, or ``""``.
+    """
+
+    samples: int
+    eigenvalues: Tensor
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that stands out: ``subject`` the layers, ``text`` one sentence of what it is and what to do."""
+
+    subject: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.text}"
