@@ -31,6 +31,7 @@ if __package__ in (None, ""):  # run as a script: the checkout's packages are fo
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from benchmarks.timing import clock_of, compared, in_turns, training_step, written
 from recipes.record import provenance
@@ -78,9 +79,7 @@ def measure(
         stage.module.set_tau_(times)
     seconds = in_turns(
         {
-            which: partial(
-                training_step(model, autocast, torch.optim.SGD(model.parameters(), 1e-3, 0.9)), images, labels
-            )
+            which: partial(training_step(model, autocast, SGD(model.parameters(), 1e-3, 0.9)), images, labels)
             for which, model in (("plain", plain), ("converted", converted))
         },
         repeats,
