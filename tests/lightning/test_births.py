@@ -1,7 +1,6 @@
 """The callback beside an independent count of births and deaths, on digits, with births forced."""
 
 import csv
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_meanfield import BirthDeathOptimizer, MeanFieldSequential
-from torch_meanfield.lightning import BirthDeathMonitor, Turnover, plot_births
+from torch_meanfield.lightning import BirthDeathMonitor
+from torch_meanfield.record import birth_recorder
 
 EVERY = 5
 
@@ -152,7 +152,9 @@ def test_every_logger_gets_what_it_can_show(tmp_path):
 
 
 def test_without_logger_plot_and_keep_nothing_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch_meanfield.lightning.births._averages", lambda o: pytest.fail("read from the device"))
+    monkeypatch.setattr(
+        "torch_meanfield.record.birth_recorder._averages", lambda o: pytest.fail("read from the device")
+    )
     monitor = BirthDeathMonitor(plot=False)
     _, task = _fit(tmp_path, monitor)
     assert task.events
@@ -161,10 +163,8 @@ def test_without_logger_plot_and_keep_nothing_is_done(tmp_path, monkeypatch):
 
 
 def test_averages_are_read_at_events_only(tmp_path, monkeypatch):
-    from torch_meanfield.lightning import births
-
-    reads, read = [], births._averages
-    monkeypatch.setattr(births, "_averages", lambda o: reads.append(o.clock) or read(o))
+    reads, read = [], birth_recorder._averages
+    monkeypatch.setattr(birth_recorder, "_averages", lambda o: reads.append(o.clock) or read(o))
     _fit(tmp_path, BirthDeathMonitor(plot=False, keep=True))
     assert reads == [4, 9, 14, 19]
 
@@ -211,45 +211,3 @@ def test_a_trainer_without_the_optimizer_is_told(tmp_path):
         _fit(tmp_path, monitor, task=Task(birth_death=False), epochs=1)
     assert monitor.turnovers == {}
     assert not list(tmp_path.rglob("births.png"))
-
-
-def test_populations_of_one_name_are_told_apart():
-    monitor = BirthDeathMonitor()
-    same = [SimpleNamespace(name="hidden") for _ in range(3)]
-    assert [monitor._name(p) for p in [*same, *same]] == ["hidden", "hidden (2)", "hidden (3)"] * 2
-
-
-def _turnover(killed, n=4):
-    turnover = Turnover(n)
-    for step, k in enumerate(killed, 1):
-        turnover.due(step, 0, [-1.0, 0.0, 0.0, 1.0])
-        turnover.happened(torch.arange(n), torch.arange(k))
-    return turnover
-
-
-def test_the_picture_sums_up(tmp_path):
-    figure = plot_births({"one": _turnover([1, 0, 2]), "two": _turnover([0, 0, 0])}, title="a title")
-    over_time, histogram = figure.axes
-    assert [line.get_ydata().tolist() for line in over_time.lines] == [[0, 1, 1, 3], [0, 0, 0, 0]]
-    assert over_time.get_title() == "3 units replaced: 3 drawn anew, 0 copies"
-    assert [text.get_text() for text in over_time.get_legend().get_texts()] == [
-        "one: 3 of 4 units",
-        "two: 0 of 4 units",
-    ]
-    heights = histogram.patches[0].get_xy()[:, 1]
-    assert sorted({round(float(h), 6) for h in heights}) == [0.0, 0.25, 0.5]
-    figure.savefig(tmp_path / "births.png")
-
-
-def test_nothing_to_draw_is_refused():
-    with pytest.raises(ValueError, match="turnovers is empty"):
-        plot_births({})
-    with pytest.raises(ValueError, match="the record of 'new' is empty"):
-        plot_births({"new": Turnover(3)})
-
-
-def test_a_unit_copied_twice_leaves_two_dead():
-    turnover = Turnover(5)
-    turnover.due(1, 0, [0.0] * 5)
-    turnover.happened(torch.tensor([0, 0, 0, 3, 4]), torch.tensor([4]))
-    assert (turnover.killed, turnover.born, turnover.cloned) == ([3], [1], [2])

@@ -193,12 +193,12 @@ def test_tensors_are_read_on_recorded_steps_only_and_gradients_only_for_someone(
     reads = []
     read = TauAxis.read
     monkeypatch.setattr(TauAxis, "read", lambda axis: reads.append(sys._getframe(1).f_code.co_name) or read(axis))
-    for kwargs, places in (({"plot": False}, []), ({}, ["_record"]), ({"keep": True}, ["_read", "_record"])):
+    for kwargs, places in (({"plot": False}, []), ({}, ["record"]), ({"keep": True}, ["_read_forces", "record"])):
         reads.clear()
         _fit(tmp_path, MeanFieldMonitor(5, **kwargs), task=Task(tau_lr=0.0))
-        mine = sorted(name for name in reads if name in ("_read", "_record"))
+        mine = sorted(name for name in reads if name in ("_read_forces", "record"))
         # two layers, four steps, and the beginning, when there is no gradient
-        assert mine == [p for p in places for _ in range(8 if p == "_read" else 10)]
+        assert mine == [p for p in places for _ in range(8 if p == "_read_forces" else 10)]
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")  # the resumed run saves nothing

@@ -1,10 +1,29 @@
-"""Callbacks for any Lightning project (``pip install torch-meanfield[lightning]``); not imported by the package."""
+"""Callbacks for any Lightning project (``pip install torch-meanfield[lightning]``); not imported by the package.
+
+In come a ``Trainer`` and its model; out go records of ``torch_meanfield.record`` in every logger, and checkpoints that
+resume exactly. The rooms for depth and width must not know this one; private names of Lightning are in ``_torch``.
+"""
+
+import sys
 
 from torch_meanfield.lightning.births import BirthDeathMonitor as BirthDeathMonitor
 from torch_meanfield.lightning.monitor import MeanFieldMonitor as MeanFieldMonitor
 from torch_meanfield.lightning.resume.exact_resume import ExactResume as ExactResume
 from torch_meanfield.lightning.resume.newest import newest_checkpoint as newest_checkpoint
-from torch_meanfield.record.plot_births import plot_births as plot_births
-from torch_meanfield.record.plot_tau import plot_tau as plot_tau
-from torch_meanfield.record.trajectories import Trajectory as Trajectory
-from torch_meanfield.record.turnover import Turnover as Turnover
+from torch_meanfield.record import Trajectory as Trajectory
+from torch_meanfield.record import plot_births as plot_births
+from torch_meanfield.record import plot_tau as plot_tau
+from torch_meanfield.record.birth_record import Turnover as Turnover
+
+# Modules that were in this room in version 0.1, under the names they had.
+_MOVED = {
+    "lightning.resume.": "ends exact_resume generators means newest own_buffers plain_names replay",
+    "record.": "plot_births trajectories",
+    "record.plot_tau": "plot",
+    "record.birth_record": "turnover",
+}
+for _new, _names in _MOVED.items():
+    for _name in _names.split():
+        _module = sys.modules[f"torch_meanfield.{_new}{_name if _new.endswith('.') else ''}"]
+        sys.modules[f"{__name__}.{_name}"] = _module
+        globals().setdefault(_name, _module)

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from torch_meanfield.depth.layer import MeanFieldLayer
-from torch_meanfield.particles import Motion, subscribe
-from torch_meanfield.particles.copying import whole
-from torch_meanfield.record.plot_tau import plot_tau
-from torch_meanfield.record.trajectories import Trajectory
-
-FORCES = ("tau_grad", "potential")
-
-
-@dataclass(frozen=True)
-class Forces:
-    """What the loss says of the particles of one layer, n numbers under each name of :data:`FORCES`."""
-
-    in_time: dict[str, list[float]]
-    by_particle: dict[str, list[float]]
-
-
-NONE = Forces({}, {})
+from torch_meanfield.lightning.picture import save_picture
+from torch_meanfield.record import TauRecorder, Trajectory, plot_tau
 
 
 class MeanFieldMonitor(Callback):
@@ -50,19 +29,19 @@ class MeanFieldMonitor(Callback):
 
     Tensors are read from the device only on the steps that are recorded, and on none when there is no logger, no plot
     to make, and nothing to ``keep``; gradients only for a logger or to ``keep``. Re-sorts are counted in any case. A
-    model without learnable tau (the vanilla twin) is left alone.
+    model without learnable tau (the vanilla twin) is left alone. For other training loops see :class:`.TauRecorder`.
 
     Args:
         every_n_steps: optimizer steps between two records.
         plot: whether to write ``tau.png``.
-        title: of the plot; ``None`` for none.
+        title: title of the plot; ``None`` for none.
         keep: whether to record ``trajectories`` for your own use, without logger and plot too.
 
     Attributes:
         trajectories: by layer name, what was recorded.
 
     Raises:
-        ValueError: ``every_n_steps`` below 1.
+        ValueError: ``every_n_steps`` is below 1.
 
     Example:
         >>> trainer = Trainer(callbacks=[MeanFieldMonitor(every_n_steps=50)])  # doctest: +SKIP
@@ -75,57 +54,20 @@ class MeanFieldMonitor(Callback):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps!r}")
         self.every_n_steps, self.plot, self.title, self.keep = every_n_steps, plot, title, keep
         self.trajectories: dict[str, Trajectory] = {}
-        self._layers: dict[str, MeanFieldLayer] = {}
-        self._handle: RemovableHandle | None = None
-        self._trainer: Trainer | None = None
-        self._forces: dict[str, Forces] = {}
-        self._forces_of = -1  # the step they led to
+        self._recorder: TauRecorder | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and follow their motions from here on."""
-        self._layers = {
-            name: m
-            for name, m in pl_module.named_modules()
-            if isinstance(m, MeanFieldLayer) and getattr(m.position(), "requires_grad", False)
-        }
-        for name in set(self.trajectories) - set(self._layers):
-            del self.trajectories[name]
-        for name, layer in self._layers.items():
-            known = self.trajectories.get(name)
-            if known is None or len(known.who) != len(layer):
-                self.trajectories[name] = Trajectory(len(layer))
-        self._trainer, self._handle = trainer, subscribe(self._follow, pl_module)
+        self._recorder = TauRecorder(pl_module, self.trajectories)
+        self.trajectories = self._recorder.trajectories
         self._record(trainer)
-
-    def _follow(self, motion: Motion) -> None:
-        for name, layer in self._layers.items():
-            if motion.population.owner is layer:
-                # The hook runs inside optimizer.step(), before Lightning counts that step.
-                step = self._trainer.global_step + 1 if self._trainer and motion.cause == "resort" else None
-                self.trajectories[name].move(motion.index, resorted_at=step)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Read the gradients, if the step they belong to will be recorded."""
         step = trainer.global_step + 1
-        if step % self.every_n_steps or not (trainer.loggers or self.keep):
-            return
-        self._forces_of = step
-        self._forces = {name: f for name, layer in self._layers.items() if (f := self._read(name, layer)) is not None}
-
-    def _read(self, name: str, layer: MeanFieldLayer) -> Forces | None:
-        position = layer.position()
-        if position is None or position.grad is None:
-            return None
-        tau, grad = layer.tau_axis.read(), whole(position.grad)
-        rows = [tau.clamp(min=0), grad.to(tau.dtype)]
-        potential = layer.potential() if layer.auto_resort else None
-        rows += [] if potential is None else [potential]
-        times, *found = torch.stack(rows).cpu()  # one read
-        order, trajectory = times.argsort(stable=True), self.trajectories[name]
-        return Forces(
-            {key: row[order].tolist() for key, row in zip(FORCES, found, strict=False)},
-            {key: trajectory.by_particle(row.tolist()) for key, row in zip(FORCES, found, strict=False)},
-        )
+        if self._recorder is not None:
+            read = step % self.every_n_steps == 0 and (bool(trainer.loggers) or self.keep)
+            self._recorder.before_step(step, forces=read)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,29 +78,16 @@ class MeanFieldMonitor(Callback):
             self._record(trainer)
 
     def _record(self, trainer: Trainer) -> None:
-        if not (trainer.loggers or self.plot or self.keep):
+        recorder, step = self._recorder, trainer.global_step
+        if recorder is None:
             return
-        step = trainer.global_step
-        values: dict[str, float] = {}
-        for name, layer in self._layers.items():
-            trajectory = self.trajectories[name]
-            if trajectory.steps and trajectory.steps[-1] >= step:
-                return
-            # By slot: with automatic re-sorting off, that is not the order of tau, which `layer.tau` has.
-            by_slot = layer.tau_axis.read().clamp(min=0).cpu()
-            forces = self._forces.get(name, NONE) if self._forces_of == step else NONE
-            trajectory.record(step, by_slot, *(forces.by_particle.get(key) for key in FORCES))
-            if trainer.loggers:
-                for key, row in forces.in_time.items():
-                    values |= {f"{key}/{name}/{i}": v for i, v in enumerate(row)}
-                tau = by_slot.sort().values
-                values |= {f"tau/{name}/{i}": t for i, t in enumerate(tau.tolist())}
-                values |= {f"step/{name}/{i}": s for i, s in enumerate(tau.diff(prepend=tau.new_zeros(1)).tolist())}
-                values[f"resorts/{name}"] = float(len(trajectory.resorts))
-        if values:
-            values["resorts/total"] = float(self.resorts)
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+        recorder.taken = step
+        if recorder.last >= step or not (trainer.loggers or self.plot or self.keep):
+            return
+        recorder.record(step)
+        values = recorder.metrics() if trainer.loggers else {}
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics(values, step=step)
 
     @property
     def resorts(self) -> int:
@@ -168,25 +97,18 @@ class MeanFieldMonitor(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the last step and draw."""
         self._record(trainer)
-        folder = trainer.log_dir
-        drawn = self.plot and self.trajectories and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", 0)
-        if drawn and folder is not None and importlib.util.find_spec("matplotlib"):
-            figure = plot_tau(self.trajectories, title=self.title, steps=True)
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            figure.savefig(Path(folder) / "tau.png", dpi=150)
+        if self.plot and self.trajectories:
+            save_picture(trainer, "tau.png", lambda: plot_tau(self.trajectories, title=self.title, steps=True))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop following, however the run ended."""
-        self._stop()
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop following, however the run ended."""
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = self._trainer = None
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         """Trajectories and counts by layer."""

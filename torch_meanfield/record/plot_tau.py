@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from torch_meanfield.record.figures import colours, new_figure, over_steps
 from torch_meanfield.record.trajectories import Trajectory
 
 if TYPE_CHECKING:
@@ -27,21 +28,19 @@ def plot_tau(
     lines that cross are particles that changed places. The ticks at the foot of a panel are the re-sorts.
 
     Args:
-        trajectories: by layer name, in the order of the panels.
-        title: in large print above the panels.
-        details: in small print below them: data set, seed, versions.
+        trajectories: the trajectories by layer name, in the order of the panels.
+        title: text in large print above the panels.
+        details: text in small print below them: data set, seed, versions.
         steps: whether to draw, in a second panel for each layer below the first, the step sizes: one line for each
             place in time, whichever particle is there.
 
     Returns:
-        a figure bound to no window; ``figure.savefig(path)`` writes it.
+        A figure bound to no window; ``figure.savefig(path)`` writes it.
 
     Raises:
-        ValueError: no trajectory, or one that holds no record.
+        ValueError: there is no trajectory, or one that holds no record.
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-
     if not trajectories:
         raise ValueError("plot_tau: trajectories is empty; pass one for each layer")
     for name, trajectory in trajectories.items():
@@ -50,7 +49,7 @@ def plot_tau(
     columns = min(len(trajectories), PANELS_IN_A_ROW)
     each = 1 + steps
     rows = -(-len(trajectories) // columns) * each
-    figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.9), layout="constrained")
+    figure = new_figure("plot_tau", 4.2 * columns, 3.4 * rows + 0.9, title, details)
     axes = figure.subplots(rows, columns, squeeze=False)
     for k in range(len(trajectories), columns * rows // each):
         for ax in axes[k // columns * each :, k % columns]:
@@ -62,40 +61,22 @@ def plot_tau(
         if steps:
             _draw_steps(axes[row + 1, k % columns], trajectory)
             axes[row + 1, 0].set_ylabel("step size $\\Delta\\tau$")
-    if title:
-        figure.suptitle(title, fontsize=13)
-    if details:
-        figure.supxlabel(details, fontsize=8, color="0.35")
     return figure
 
 
 def _draw_positions(ax: Axes, name: str, trajectory: Trajectory) -> None:
     n, resorts = len(trajectory.who), trajectory.resorts
-    for curve, colour in zip(zip(*trajectory.tau, strict=True), _colours(n), strict=True):
+    for curve, colour in zip(zip(*trajectory.tau, strict=True), colours(n), strict=True):
         ax.plot(trajectory.steps, curve, color=colour, linewidth=1.5)
     # In axis units from the foot, so that the ticks are there at any scale of tau.
     ax.vlines(resorts, 0, 0.035, transform=ax.get_xaxis_transform(), color="crimson", linewidth=0.9)
     counts = f"{n} particle{'s' * (n != 1)}, {len(resorts)} re-sort{'s' * (len(resorts) != 1)}"
     ax.set_title(f"{name}: {counts}", fontsize=10)
-    _dress(ax)
+    over_steps(ax)
 
 
 def _draw_steps(ax: Axes, trajectory: Trajectory) -> None:
     sizes = [[b - a for a, b in pairwise([0.0, *sorted(row)])] for row in trajectory.tau]
-    for curve, colour in zip(zip(*sizes, strict=True), _colours(len(trajectory.who)), strict=True):
+    for curve, colour in zip(zip(*sizes, strict=True), colours(len(trajectory.who)), strict=True):
         ax.plot(trajectory.steps, curve, color=colour, linewidth=1.5)
-    _dress(ax)
-
-
-def _colours(n: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.9 * i / max(1, n - 1)) for i in range(n)]
-
-
-def _dress(ax: Axes) -> None:
-    ax.set_xlabel("optimizer step")
-    ax.set_ylim(bottom=0)
-    ax.margins(x=0)
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
+    over_steps(ax)

@@ -1,4 +1,4 @@
-"""The record of one population's births and deaths over training."""
+"""The births and deaths of one population over training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 COUNTS = ("killed", "born", "cloned")
 
 
-class Turnover:
+class BirthRecord:
     """What happened to n units at each event.
 
     Args:
@@ -17,9 +17,10 @@ class Turnover:
 
     Attributes:
         steps: the optimizer steps at which an event was due, ascending.
-        killed, born, cloned: for each of them, the units that died, and those that came in their places: drawn anew, or
-            copied from another unit. Killed is the sum of the other two: the population is kept.
-        dead: for each of them, the units that reached nothing when the event came.
+        killed: for each event, the number of units that died.
+        born: for each event, the number of units drawn anew in their places.
+        cloned: for each event, the number of units copied into their places: ``killed`` less ``born``.
+        dead: for each event, the units whose potential had been 0 for a whole window when it came.
         potentials: the averaged potentials before the last event, by place.
     """
 
@@ -33,7 +34,7 @@ class Turnover:
         self.potentials: list[float] = []
 
     def due(self, step: int, dead: int, potentials: list[float]) -> None:
-        """Note how the population is when an event is due; nothing has happened yet."""
+        """Note the state of the population when an event is due; nothing has happened yet."""
         self.steps.append(step)
         self.dead.append(dead)
         for name in COUNTS:
@@ -58,10 +59,13 @@ class Turnover:
         return {"n": self.n, **{k: list(v) for k, v in vars(self).items() if k != "n"}}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Turnover:
+    def from_state_dict(cls, state: dict[str, Any]) -> BirthRecord:
         """The record that :meth:`state_dict` described."""
         out = cls(state["n"])
         for name, value in state.items():
             if name != "n":
                 setattr(out, name, list(value))
         return out
+
+
+Turnover = BirthRecord  # its name in version 0.1, in checkpoints and imports

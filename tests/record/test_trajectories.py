@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from torch_meanfield.lightning import Trajectory
+from torch_meanfield.record import Trajectory
 
 
 def test_positions_follow_the_particle_through_any_sequence_of_motions():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torch_meanfield.lightning import Trajectory, plot_tau
+from torch_meanfield.record import Trajectory, plot_tau
 
 
 def _crossing():
