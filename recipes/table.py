@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The published table of L20 as a command: vanilla and mean-field twins, over rows and seeds.
+"""The published table of Lu et al. 2020 as a command: vanilla and mean-field twins, over rows and seeds.
 
     python recipes/table.py --rows resnet20,resnet56 --seeds 3
     python recipes/table.py --rows all --data folder:PATH --label NAME --schedule 1/16 --jobs 2

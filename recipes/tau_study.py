@@ -4,10 +4,10 @@
     python recipes/tau_study.py --data cifar10 [--depth 32] [--epochs 2] [--seeds 3] [--out runs/tau_study]
     python recipes/tau_study.py --data folder:PATH --label NAME --size 16 -- --trainer.precision bf16-mixed
 
-L20 says neither. Every setting starts from the weights of the vanilla twin of its seed and sees the same batches; the
-protocol is the published one, shortened. The seeds are done one after the other, so that an interrupted study has whole
-seeds; the same command goes on from there. ``--out`` holds tau_study.md, tau_study.png and tau_study.json, renewed
-after each run that ends, and the runs.
+Lu et al. 2020 leaves all three open. Every setting starts from the weights of the vanilla twin of its seed and sees the
+same batches; the protocol is the published one, shortened. The seeds are done one after the other, so that an
+interrupted study has whole seeds; the same command goes on from there. ``--out`` holds tau_study.md, tau_study.png and
+tau_study.json, renewed after each run that ends, and the runs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A Gaussian mixture in one dimension (R20): the exact scheme of birth and death on exact potentials.
+"""A Gaussian mixture in one dimension (Rotskoff 2020): the exact scheme of birth and death on exact potentials.
 
     python recipes/births/gaussian_mixture.py [--seeds 5] [--out runs/gaussian_mixture]
 
@@ -54,7 +54,7 @@ def normal(distance: Tensor, variance: Tensor | float) -> Tensor:
 
 
 def energy(c: Tensor, y: Tensor) -> Tensor:
-    """R20 (24): E = C - (1/n) sum_i F(theta_i) + (1/2n^2) sum_ij K(theta_i, theta_j)."""
+    """Rotskoff 2020, (24): E = C - (1/n) sum_i F(theta_i) + (1/2n^2) sum_ij K(theta_i, theta_j)."""
     n = len(c)
     pairs = TARGET_C[:, None] * TARGET_C * normal(TARGET_Y[:, None] - TARGET_Y, TARGET_S[:, None] + TARGET_S)
     constant = pairs.sum() / 18

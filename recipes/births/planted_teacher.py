@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""A planted ReLU teacher (R20, RJBV19): plain gradient descent against birth and death, with the wrapper's defaults.
+"""A planted ReLU teacher: plain gradient descent against birth and death, with the wrapper's defaults.
 
     python recipes/births/planted_teacher.py [--seeds 5] [--out runs/planted_teacher]
 
-The teacher is (1/10) sum_k c_k [x . z_k]_+ with directions z_k on the unit sphere of R^50 and signs c_k; the student
-has 50 such units, (1/50) sum_i c_i [x . w_i]_+. Fresh batches of 100 standard normal x, SGD with learning rate 0.02 on
-half of the squared error. From a good start, all directions random, 40,000 steps; from a bad one, all students near
-one direction, 16,000 steps. Both methods start from the same weights and see the same batches. About 5 minutes.
+The experiment of Rotskoff et al. 2019 and Rotskoff 2020. The teacher is (1/10) sum_k c_k [x . z_k]_+ with directions
+z_k on the unit sphere of R^50 and signs c_k; the student has 50 such units, (1/50) sum_i c_i [x . w_i]_+. Fresh batches
+of 100 standard normal x, SGD with learning rate 0.02 on half of the squared error. From a good start, all directions
+random, 40,000 steps; from a bad one, all students near one direction, 16,000 steps. Both methods start from the same
+weights and see the same batches. About 5 minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ METHODS: dict[str, dict[str, Any] | None] = {"gradient descent": None, "birth-de
 
 
 class Student(nn.Module):
-    """f(x) = (1/n) sum_i c_i [x . w_i]_+, R20 (1) and (5)."""
+    """f(x) = (1/n) sum_i c_i [x . w_i]_+, Rotskoff 2020, (1) and (5)."""
 
     def __init__(self, directions: Tensor, weights: Tensor) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The 3-spin target on the sphere (R20): the squared error of a mean-field network falls like 1/n.
+"""The 3-spin target on the sphere (Rotskoff 2020): the squared error of a mean-field network falls like 1/n.
 
     python recipes/births/spin.py [--seeds 5] [--out runs/spin]
 
@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any] | None] = {"gradient descent": None, "birth-de
 
 
 class MeanField(nn.Module):
-    """f_n(x) = (1/n) sum_i c_i [x . w_i / sqrt(d) + b_i]_+, R20 (1)."""
+    """f_n(x) = (1/n) sum_i c_i [x . w_i / sqrt(d) + b_i]_+, Rotskoff 2020, (1)."""
 
     def __init__(self, n: int, generator: torch.Generator) -> None:
         super().__init__()

@@ -93,10 +93,10 @@ class FinetuneTask(Classifier):
             channels_last=channels_last,
             birth_death=birth_death,
             birth_death_every=birth_death_every,
+            momentum=momentum,
         )
         if pretrained and checkpoint is not None:
             raise BadInput(f"--pretrained and --checkpoint {checkpoint} are two sources of weights; pass one of them")
-        check("momentum", momentum, 0.0 <= momentum < 1.0, "a number from 0 to below 1")
         check("layer_decay", layer_decay, 0.0 < layer_decay <= 1.0, "a number above 0 and at most 1")
         check("warmup", warmup, 0.0 <= warmup < 1.0, "a share of the steps, 0 to below 1")
         check("head_epochs", head_epochs, head_epochs >= 0, "0 or more")
@@ -121,7 +121,7 @@ class FinetuneTask(Classifier):
         self._learning = [p for p in self.net.parameters() if p.requires_grad]
         self.lay_out_()
         self.head_epochs, self.head_factor = head_epochs, (lr if head_lr is None else head_lr) / lr
-        self.optimizer, self.momentum, self.warmup = optimizer, momentum, warmup
+        self.optimizer, self.warmup = optimizer, warmup
 
     def on_train_epoch_start(self) -> None:
         """Choose the phase. Frozen parameters have no gradients, so the backbone costs a forward pass alone."""
@@ -144,17 +144,12 @@ class FinetuneTask(Classifier):
 
     def configure_optimizers(self) -> dict[str, Any]:
         self._check_phases()
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise BadInput(
-                "the learning rate falls as a cosine to the end of the training: say when that is, with "
-                "--trainer.max_epochs"
-            )
+        total = self.steps_in_all("falls as a cosine to the end of the training")
         each = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         head = self.head_epochs * each if self._heads_first else 0
         if head >= total:
             raise BadInput(
-                f"--model.head_epochs {self.head_epochs} leaves none of the {int(total)} steps for the whole model; "
+                f"--model.head_epochs {self.head_epochs} leaves none of the {total} steps for the whole model; "
                 f"pass fewer, or a larger --trainer.max_epochs"
             )
         groups = [dict(group) for group in self._groups]
@@ -164,8 +159,8 @@ class FinetuneTask(Classifier):
         else:
             optimizer = torch.optim.AdamW(groups)
         optimizer = self.wrapped(optimizer, self.backbone.example)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(int(total), head, self.head_factor, self.warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate(total, head, self.head_factor, self.warmup))
+        return self.by_steps(optimizer, schedule)
 
     def configure_model(self) -> None:
         """Nothing to configure; a strategy that would divide the model is refused."""

@@ -1,4 +1,4 @@
-"""The published table of L20 as a command: vanilla and mean-field twins, over rows and seeds.
+"""The published table of Lu et al. 2020 as a command: vanilla and mean-field twins, over rows and seeds.
 
 The command line is that of ``recipes/table.py``.
 """
@@ -108,7 +108,7 @@ def _heading(table: Table) -> str | None:
 
 def _remark(table: Table, heading: str | None) -> str:
     if heading == "published":
-        return "The published figures are of this data set and schedule (L20, Table 1)."
+        return "The published figures are of this data set and schedule (Lu et al. 2020, Table 1)."
     if heading == "published, full schedule":
         return "The published figures are of this data set, but of 160 epochs (ResNeXt: 300); these runs are shorter."
     if heading is None:

@@ -1,4 +1,4 @@
-"""The augmentation of L20 section 5 (pad, random crop, random mirror), for a whole batch at once on its own device."""
+"""The augmentation of Lu et al. 2020, section 5 for a whole batch at once on its own device: pad, crop, mirror."""
 
 from __future__ import annotations
 

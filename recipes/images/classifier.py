@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from recipes.errors import BadInput
 from recipes.images.sharded import FoundPopulations
@@ -21,7 +23,7 @@ APART = "birth_death"  # where a checkpoint of a sharded run keeps what its opti
 
 
 class Classifier(LightningModule):
-    """Base of the tasks that train a network ``net`` to classify images.
+    """Base of the tasks that train a network ``net`` to classify images, by a schedule that ends with the training.
 
     Logged in each epoch: ``train_loss``, ``train_error``, ``val_loss``, ``val_error``, and by `test` ``test_loss``,
     ``test_error``; errors are in percent.
@@ -29,6 +31,7 @@ class Classifier(LightningModule):
     Args:
         label_smoothing: share of the target spread over all classes, in training.
         channels_last: memory format of weights (:meth:`lay_out_`) and images.
+        momentum: of SGD.
         birth_death: whether :meth:`wrapped` lets units and blocks die and be born.
         birth_death_every: optimizer steps between two such events.
 
@@ -43,12 +46,19 @@ class Classifier(LightningModule):
     net: nn.Module
 
     def __init__(
-        self, *, label_smoothing: float, channels_last: bool, birth_death: bool, birth_death_every: int
+        self,
+        *,
+        label_smoothing: float,
+        channels_last: bool,
+        birth_death: bool,
+        birth_death_every: int,
+        momentum: float,
     ) -> None:
         super().__init__()
         check("label_smoothing", label_smoothing, 0.0 <= label_smoothing < 1.0, "a number from 0 to below 1")
+        check("momentum", momentum, 0.0 <= momentum < 1.0, "a number from 0 to below 1")
         check("birth_death_every", birth_death_every, birth_death_every >= 1, "1 or more")
-        self.label_smoothing, self.channels_last = label_smoothing, channels_last
+        self.label_smoothing, self.channels_last, self.momentum = label_smoothing, channels_last, momentum
         self.birth_death_every = birth_death_every if birth_death else None
         self.born = 0
         self._wrapper: BirthDeathOptimizer | None = None
@@ -90,6 +100,22 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._step(*batch, "test")
+
+    def steps_in_all(self, schedule: str) -> int:
+        """Optimizer steps of the whole training, which ``schedule`` is told in.
+
+        Raises:
+            BadInput: the training has no end.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise BadInput(f"the learning rate {schedule}: say when the training ends, with --trainer.max_epochs")
+        return int(total)
+
+    @staticmethod
+    def by_steps(optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
+        """What ``configure_optimizers`` returns for a schedule that counts optimizer steps, not epochs."""
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def wrapped(self, optimizer: Optimizer, example: Callable[[], Tensor]) -> Optimizer:
         """``optimizer``, or if asked for a :class:`BirthDeathOptimizer` around it that knows its populations already.

@@ -1,4 +1,4 @@
-"""The LightningDataModule of the recipes: any source, in memory when it fits, with the augmentation of L20."""
+"""The LightningDataModule of the recipes: any source, in memory when it fits, augmented as in Lu et al. 2020."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LightningModule of the recipes: MeanFieldResNet under the training protocol of L20 section 5."""
+"""The LightningModule of the recipes: MeanFieldResNet under the training protocol of Lu et al. 2020, section 5."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class ImageTask(Classifier):
             channels_last=channels_last,
             birth_death=birth_death,
             birth_death_every=birth_death_every,
+            momentum=momentum,
         )
-        check("momentum", momentum, 0.0 <= momentum < 1.0, "a number from 0 to below 1")
         check("mixup", mixup, 0.0 <= mixup < math.inf, "a positive number, or 0 for none")
         check("ema", ema, ema is None or 0.0 < ema < 1.0, "a decay between 0 and 1, or null for none")
         self.net = MeanFieldResNet(
@@ -108,7 +108,6 @@ class ImageTask(Classifier):
         )
         self.groups = {"lr": lr, "weight_decay": weight_decay, "tau_lr_scale": tau_lr_scale}
         param_groups(self.net, **self.groups)  # rates out of range are refused here, and not at the first step
-        self.momentum = momentum
         self.lay_out_()
         if compile:
             self.net.compile()  # in place: names in checkpoints stay what they are
@@ -140,16 +139,14 @@ class ImageTask(Classifier):
         return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise BadInput("the learning rate falls at 50 % and 75 % of the training: end it, --trainer.max_epochs")
+        total = self.steps_in_all("falls at 50 % and 75 % of the training")
         optimizer = self.wrapped(
             torch.optim.SGD(param_groups(self.net, **self.groups), momentum=self.momentum), self._example
         )
         # In steps, so that a schedule of 5 epochs has the same shape as one of 160: the drops may fall inside an epoch.
         milestones = [max(1, round(total * share)) for share in (0.5, 0.75)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.by_steps(optimizer, schedule)
 
     def _example(self) -> Tensor:
         """Noise of the shape of an image, always the same; any size goes through this network."""

@@ -56,7 +56,7 @@ PUBLISHED = {
 
 
 def test_the_rows_and_their_figures_are_those_published():
-    """L20, Table 1."""
+    """Lu et al. 2020, Table 1."""
     assert {name: row.published for name, row in ROWS.items()} == PUBLISHED
 
 

@@ -45,7 +45,7 @@ def test_at_the_start_it_is_the_variance_of_a_unit():
 
 
 def test_the_bound_on_the_long_run(mean_field, covariance):
-    """R20 (32): training leaves less than independent draws from the trained measure would have."""
+    """Rotskoff 2020, (32): training leaves less than independent draws from the trained measure would have."""
     assert covariance.diagonal().mean() < monte_carlo_variance(unit, mean_field[1], X)
 
 

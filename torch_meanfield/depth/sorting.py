@@ -1,4 +1,4 @@
-"""Re-sorting: after a successful optimizer step, the particles take the order of their times (L20, Algorithm 1)."""
+"""Re-sorting after a successful optimizer step, by the particles' times (Lu et al. 2020, Algorithm 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``MeanFieldResNet``: the pre-activation CIFAR residual networks of Lu et al. 2020 (section 5) with learnable times."""
+"""``MeanFieldResNet``: the pre-activation CIFAR networks of Lu et al. 2020, section 5, with learnable times."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def outer_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: something else than two matrices of one width.
 
-    Source: the lecture Y22, :math:`k^{(a)}`; Cho and Saul 2009, order 1.
+    Source: Yang 2022, :math:`k^{(a)}`; Cho and Saul 2009, order 1.
 
     Example:
         >>> outer_kernel(torch.eye(2)) * 2 * math.pi  # pi on the diagonal, 1 at a right angle
@@ -59,7 +59,7 @@ def inner_kernel(x: Tensor, y: Tensor | None = None, *, output_variance: float =
     Raises:
         TypeError, ValueError: something else than two matrices of one width; a negative variance.
 
-    Source: the lecture Y22, :math:`k^{(w)}`; Cho and Saul 2009, order 0.
+    Source: Yang 2022, :math:`k^{(w)}`; Cho and Saul 2009, order 0.
     """
     if not (math.isfinite(output_variance) and output_variance >= 0):
         raise ValueError(f"output_variance must be finite and at least 0, got {output_variance!r}")

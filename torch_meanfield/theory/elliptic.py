@@ -4,7 +4,7 @@ r"""Second-order elliptic equations on the unit cube, for a two-layer network wi
           + \sum_\alpha b_\alpha(x)\,u_{x_\alpha} + c(x)\,u = f \quad\text{in } (0, 1)^d,
           \qquad u = 0 \text{ on the boundary.}
 
-Source: the lecture Y22, "Optimization for PDE Solvers"; Luo and Yang 2020 (arXiv:2006.15733).
+Source: Yang 2022, "Optimization for PDE Solvers"; Luo and Yang 2020 (arXiv:2006.15733).
 """
 
 from __future__ import annotations

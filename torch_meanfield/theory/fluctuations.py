@@ -3,8 +3,8 @@ r"""How a two-layer network fluctuates about its mean-field limit: law of large 
 The network is :math:`f_n(x) = \frac1n \sum_i \varphi(x, \theta_i)` with :math:`\theta_i(0)` drawn independently from
 :math:`\mu_0`, trained by gradient descent on :math:`E = \frac12 \int (f_n - y)^2 d\nu`, :math:`\nu` the mean over given
 samples, with the time step times n as its learning rate. The limit is the same flow of the measure itself, which is
-represented here by very many evenly spread particles, which may carry weights. Source: R20 (25)-(32), Sirignano and
-Spiliopoulos 2018 (arXiv:1808.09372), Rotskoff and Vanden-Eijnden 2018 (arXiv:1805.00915).
+represented here by very many evenly spread particles, which may carry weights. Source: Rotskoff 2020, (25)-(32),
+Sirignano and Spiliopoulos 2018 (arXiv:1808.09372), Rotskoff and Vanden-Eijnden 2018 (arXiv:1805.00915).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def train_particles(
     Raises:
         ValueError: shapes that do not fit, or a time step or a number of steps out of range.
 
-    Source: R20 (21), (22) with F of (24).
+    Source: Rotskoff 2020, (21), (22) with F of (24).
     """
     weights = _checked(unit, theta, x, y, dt, steps, weights)
     outputs = []
@@ -107,7 +107,7 @@ def fluctuation_covariance(
     Raises:
         ValueError: as :func:`train_particles`.
 
-    Source: R20 (31) and the proposition below it; arXiv:1808.09372.
+    Source: Rotskoff 2020, (31) and the proposition below it; arXiv:1808.09372.
     """
     weights = _checked(unit, theta, x, y, dt, steps, weights).detach().requires_grad_()
     with torch.enable_grad():
@@ -134,7 +134,7 @@ def monte_carlo_variance(unit: Unit, theta: Tensor, x: Tensor) -> Tensor:
     Returns:
         a scalar.
 
-    Source: R20 (32).
+    Source: Rotskoff 2020, (32).
     """
     phi = unit(x, theta)
     return (phi.square().mean(-1) - phi.mean(-1).square()).mean()

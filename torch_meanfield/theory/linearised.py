@@ -28,7 +28,7 @@ class LinearisedTraining:
     Raises:
         ValueError: shapes that do not fit, or a kernel that is not symmetric.
 
-    Source: the lecture Y22, "Linear ODE with a solution"; Lee et al. 2019 (arXiv:1902.06720).
+    Source: Yang 2022, "Linear ODE with a solution"; Lee et al. 2019 (arXiv:1902.06720).
 
     Example:
         >>> training = LinearisedTraining(torch.eye(2), torch.ones(2), torch.zeros(2))
@@ -123,7 +123,7 @@ def linear_rate_bound(times: Tensor, *, loss: float, width: int, smallest_eigenv
     Raises:
         ValueError: a number out of its range.
 
-    Source: the lecture Y22, theorem "Linear convergence rate" (arXiv:2106.06682).
+    Source: Yang 2022, theorem "Linear convergence rate" (arXiv:2106.06682).
     """
     if not (math.isfinite(loss) and loss >= 0):
         raise ValueError(f"loss must be finite and at least 0, got {loss!r}")

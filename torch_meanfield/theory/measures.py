@@ -1,8 +1,9 @@
 r"""Steps of optimisation over probability measures, on weighted particles.
 
 A measure is :math:`\mu = \sum_j w_j \delta_{\theta_j}`; a convex energy E[mu] has the first variation V(theta, mu),
-its potential. The proximal point of E in a metric is one step of its gradient flow (R20, (16)): in relative entropy
-only the weights move (36), in W_2 only the positions; taken in turn the two give the Wasserstein-Fisher-Rao flow (34).
+its potential. The proximal point of E in a metric is one step of its gradient flow (Rotskoff 2020, (16)): in relative
+entropy only the weights move (36), in W_2 only the positions; taken in turn the two give the Wasserstein-Fisher-Rao
+flow (34).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def kl_proximal_step(
     Raises:
         ValueError: shapes that do not fit, weights that are not positive, a number out of its range.
 
-    Source: R20 (36) and "closely related to mirror descent"; Beck and Teboulle 2003 for the rate.
+    Source: Rotskoff 2020, (36) and "closely related to mirror descent"; Beck and Teboulle 2003 for the rate.
 
     Example:
         >>> kl_proximal_step(torch.tensor([0.5, 0.5]), torch.tensor([0.0, math.log(3.0)]), step=1.0)
@@ -87,7 +88,7 @@ def wfr_step(
     Raises:
         ValueError: a number out of its range, or as :func:`kl_proximal_step`.
 
-    Source: R20 (34), (36), "splitting scheme".
+    Source: Rotskoff 2020, (34), (36), "splitting scheme".
     """
     _positive(step=step)
     _not_negative(alpha=alpha)
@@ -130,7 +131,7 @@ def implicit_euler_step(
         ValueError: a number out of its range.
         RuntimeError: the tolerance was not met.
 
-    Source: R20 (16); Jordan, Kinderlehrer, Otto 1998.
+    Source: Rotskoff 2020, (16); Jordan, Kinderlehrer, Otto 1998.
     """
     _positive(step=step, tolerance=tolerance)
     n = len(positions)

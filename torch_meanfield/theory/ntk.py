@@ -29,7 +29,7 @@ def empirical_ntk(
     r"""The tangent kernel K = J J^T of a model at its present parameters.
 
     :math:`K[(b,k),(b',k')] = \langle\partial_\theta f_k(x_b),\,\partial_\theta f_{k'}(x'_{b'})\rangle`, the sum being
-    over all parameters that require a gradient (Jacot, Gabriel, Hongler 2018; the lecture Y22, "DNN evolution"). It
+    over all parameters that require a gradient (Jacot, Gabriel, Hongler 2018; Yang 2022, "DNN evolution"). It
     is computed exactly. The layers that a network mostly consists of (linear, convolution, normalisation) need
     no Jacobian to be written out (see ``uses.py``); what is left goes through ``torch.func.jacrev``. Rows are
     treated in blocks of samples, so that memory stays within ``max_bytes``.
