@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="of the processor; torch's choice by default")
+    parser.add_argument("--threads", type=int, help="threads of the processor; torch's choice by default")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "convert_overhead.json")
     args = parser.parse_args()
     for name in ("size", "batch", "repeats"):

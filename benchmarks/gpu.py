@@ -67,10 +67,10 @@ class Setting:
 
     Attributes:
         device: CUDA, or the CPU in a rehearsal.
-        tiny: whether this is a rehearsal.
-        images: of the training split, on the CPU; random pixels if ``data`` is ``None``.
-        data: what ``--data`` is for the recipes.
-        ends: when the time is up, on ``time.monotonic``.
+        tiny: Whether this is a rehearsal.
+        images: Images of the training split, on the CPU; random pixels if ``data`` is ``None``.
+        data: What ``--data`` is for the recipes.
+        ends: When the time is up, on ``time.monotonic``.
     """
 
     device: torch.device
@@ -105,7 +105,7 @@ class Setting:
         """Run a script of this checkout with this Python, and return what it prints.
 
         Raises:
-            NotMeasured: it ended with an error, or the time was up.
+            NotMeasured: It ended with an error, or the time was up.
         """
         # In a session of its own, so that the trainings which a script has started end with it.
         process = subprocess.Popen(
@@ -132,7 +132,7 @@ class Setting:
         """``data``, for a part that starts the recipes.
 
         Raises:
-            NotMeasured: there is none.
+            NotMeasured: There is none.
         """
         if self.data is None:
             raise NotMeasured("starts the recipes, which need --data")
@@ -345,7 +345,7 @@ def _images(args: argparse.Namespace) -> Images:
     """The training images, or as many random ones.
 
     Raises:
-        BadInput: a data set that cannot be read.
+        BadInput: A data set that cannot be read.
     """
     n, side = (64, 8) if args.tiny else (50_000, 32)
     if args.data is None:

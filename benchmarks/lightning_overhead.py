@@ -39,7 +39,7 @@ class BareTwin(Callback):
     """Time every epoch of the trainer, and one of a bare loop after it.
 
     Attributes:
-        seconds: by side, one number for each epoch but the first.
+        seconds: By side, one number for each epoch but the first.
     """
 
     def __init__(self) -> None:
@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="epochs of each that count")
     parser.add_argument("--batches", type=int, help="in an epoch: all on a GPU, else 16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", help="of the trainer; bf16-mixed on a GPU, else 32")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor")
+    parser.add_argument("--precision", help="precision of the trainer; bf16-mixed on a GPU, else 32")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the processor")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lightning_overhead.json")
     args = parser.parse_args()
     if args.repeats < 1:

@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=25600, help="in an epoch of the loaders alone (at most)")
     parser.add_argument("--trained", type=int, help="in an epoch with training; 1024 on the CPU, else --images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the processor; torch's choice by default")
+    parser.add_argument("--threads", type=int, help="threads of the processor; torch's choice by default")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loader.json")
     args = parser.parse_args()
     for name in ("batch", "repeats", "images", "workers"):

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
     parser.add_argument("--model", default="resnet50", help="a model of torchvision (default %(default)s)")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--size", type=int, default=224, help="of the images (default %(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="side of the images (default %(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "theory_speed.json")
     args = parser.parse_args()

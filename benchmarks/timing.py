@@ -22,8 +22,8 @@ def clock_of(device: torch.device, processor: bool = True) -> Callable[[], float
     """A clock in seconds for work on ``device``.
 
     Args:
-        device: on CUDA the wall's time once the device is done.
-        processor: on the CPU, count this process's processor time, which other work on the machine hardly changes;
+        device: On CUDA the wall's time once the device is done.
+        processor: On the CPU, count this process's processor time, which other work on the machine hardly changes;
             ``False`` for the wall's, where other processes work for this one.
     """
     if device.type == "cpu":
@@ -50,12 +50,12 @@ def in_turns(
     hits all alike. Garbage is collected between the runs, not during them.
 
     Args:
-        contenders: what to run, by name.
-        repeats: at least 1.
-        clock: see :func:`clock_of`.
-        label: shown while it runs.
-        warm_up: runs of each before the first that counts.
-        inner: runs of a contender in one repeat; the seconds are those of one, in the mean. More than one where the
+        contenders: What to run, by name.
+        repeats: At least 1.
+        clock: See :func:`clock_of`.
+        label: Shown while it runs.
+        warm_up: Runs of each before the first that counts.
+        inner: Runs of a contender in one repeat; the seconds are those of one, in the mean. More than one where the
             clock has to wait for a device.
     """
     for run in contenders.values():

@@ -128,7 +128,7 @@ def draw(outcome: Outcome, seed: int, made_by: dict[str, Any], path: Path) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description="The vanilla twin and mean-field ResNets side by side on digits.")
     parser.add_argument("--epochs", type=int, default=40, help="epochs for each configuration (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and crops (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and crops (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to (default: %(default)s)")
     args = parser.parse_args()
     quieten(chatter=True)

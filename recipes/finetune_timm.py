@@ -106,8 +106,8 @@ def run(data_class: type[FinetuneData] = FinetuneData) -> FinetuneCLI:
     """Parse ``sys.argv`` (in long form) and carry out its subcommand.
 
     Raises:
-        BadInput: wrong arguments, files or folders.
-        NotTheSame: the plain checkpoint does not compute what the trained model does.
+        BadInput: Wrong arguments, files or folders.
+        NotTheSame: The plain checkpoint does not compute what the trained model does.
     """
     each = {"exit_on_error": False, "description": (__doc__ or "").splitlines()[0]}
     return FinetuneCLI(

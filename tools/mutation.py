@@ -74,7 +74,7 @@ def adapt(patience: float) -> None:
     """Teach mutmut the differences that the head of this file tells.
 
     Args:
-        patience: seconds that the tests of one mutant may take in all, by what they take without one.
+        patience: Seconds that the tests of one mutant may take in all, by what they take without one.
     """
     visitor: Any = file_mutation.MutationVisitor
     skip, mutate = visitor._skip_node_and_children, visitor._should_mutate_node
@@ -161,8 +161,8 @@ def report(folder: Path, runs: list[str]) -> float:
     """Write both files; returns the percentage killed. Reasons given by hand in the JSON file are kept.
 
     Args:
-        folder: where to.
-        runs: the commands so far, each with its time.
+        folder: Where to.
+        runs: The commands so far, each with its time.
     """
     kept = folder / "mutation.json"
     old = json.loads(kept.read_text()) if kept.exists() else {}

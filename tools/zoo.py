@@ -166,10 +166,10 @@ def check(model: Any, plain: Any, examples: Any, build: Callable[[], Any]) -> It
     """Everything that fails, in words.
 
     Args:
-        model: converted; it is changed.
-        plain: what it was before.
-        examples: two inputs.
-        build: makes a fresh plain model.
+        model: Converted; it is changed.
+        plain: What it was before.
+        examples: Two inputs.
+        build: Makes a fresh plain model.
     """
     import torch
 

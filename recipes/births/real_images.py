@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision keeps what it downloads")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1, help="of the processor (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the processor (default %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = {"data": args.data, "epochs": args.epochs, "batch": BATCH}

@@ -19,7 +19,7 @@ class Chosen(Source):
     """Some classes of a source, numbered anew from 0 in the order given.
 
     Raises:
-        BadInput: fewer than two classes, one twice, or one that the source does not have.
+        BadInput: Fewer than two classes, one twice, or one that the source does not have.
     """
 
     def __init__(self, source: Source, classes: list[int]) -> None:
@@ -45,14 +45,14 @@ class FinetuneData(ImageData):
     """Images for fine-tuning: :class:`.ImageData` with two more choices.
 
     Args:
-        size: side in pixels to which images are resized: those of a folder when they are decoded, those of other
+        size: Side in pixels to which images are resized: those of a folder when they are decoded, those of other
             sources batch by batch on the device; null to take them as they are.
-        classes: numbers of the classes to use, in the order of their new numbers (the classes of a folder are sorted
+        classes: Numbers of the classes to use, in the order of their new numbers (the classes of a folder are sorted
             by name); null for all. The chosen images are held in memory.
-        **kwargs: as of :class:`.ImageData`.
+        **kwargs: As of :class:`.ImageData`.
 
     Raises:
-        BadInput: as :class:`.ImageData`, or an impossible choice.
+        BadInput: As :class:`.ImageData`, or an impossible choice.
     """
 
     def __init__(self, size: int | None = None, classes: list[int] | None = None, **kwargs: Any) -> None:

@@ -30,18 +30,18 @@ def export(net: nn.Module, backbone: Backbone, images: Tensor, path: Path | None
     outputs of both compared in ``eval()`` on the CPU; the file appears only if they agree.
 
     Args:
-        net: trained, plain or converted; it stays as it is.
-        backbone: what makes the plain model.
-        images: to compare on, normalised, shape ``(N, C, H, W)``.
-        path: the file; ``None`` to prove without writing.
+        net: Trained, plain or converted; it stays as it is.
+        backbone: What makes the plain model.
+        images: To compare on, normalised, shape ``(N, C, H, W)``.
+        path: The file; ``None`` to prove without writing.
 
     Returns:
         ``file`` (name or ``None``), ``error`` (largest difference of the logits over the largest logit), and
         ``folded``.
 
     Raises:
-        NotTheSame: the outputs differ by more than the tolerance. Nothing is written then.
-        OSError: the file cannot be written; what was there before stays.
+        NotTheSame: The outputs differ by more than the tolerance. Nothing is written then.
+        OSError: The file cannot be written; what was there before stays.
     """
     folded = _is_converted(net)
     weights = fold(net).state_dict() if folded else net.state_dict()

@@ -19,11 +19,11 @@ class Backbone:
     """A timm model for given images and classes: what it takes to make it, and to make it again.
 
     Attributes:
-        name: a name that ``timm.create_model`` knows, with or without the tag of pretrained weights.
-        num_classes: outputs of its classifier.
-        in_chans: channels of the images.
-        side: of the (square) images in pixels.
-        kwargs: further arguments of ``timm.create_model``.
+        name: A name that ``timm.create_model`` knows, with or without the tag of pretrained weights.
+        num_classes: Outputs of its classifier.
+        in_chans: Channels of the images.
+        side: Side of the (square) images in pixels.
+        kwargs: Further arguments of ``timm.create_model``.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Backbone:
         Transformers are built for images of ``side`` pixels; networks without ``img_size`` take any that they can run.
 
         Raises:
-            BadInput: an unknown name or argument, images that the model cannot take, or weights that cannot be had.
+            BadInput: An unknown name or argument, images that the model cannot take, or weights that cannot be had.
         """
         import timm
 
@@ -116,15 +116,15 @@ def load_weights_(model: nn.Module, path: Path, new_head: bool) -> str:
     """Fill ``model`` from a file with a plain timm state dict; nothing but tensors is unpickled.
 
     Args:
-        model: a plain timm model.
-        path: written by ``torch.save``, or with the suffix ``.safetensors``.
-        new_head: leave the file's classifier out in any case, and not only if it has another number of classes.
+        model: A plain timm model.
+        path: Written by ``torch.save``, or with the suffix ``.safetensors``.
+        new_head: Leave the file's classifier out in any case, and not only if it has another number of classes.
 
     Returns:
-        one line that says what was loaded and what was left out.
+        One line that says what was loaded and what was left out.
 
     Raises:
-        BadInput: no readable file, or keys or shapes beside the classifier's that differ; all are named. The model is
+        BadInput: No readable file, or keys or shapes beside the classifier's that differ; all are named. The model is
             unchanged then.
     """
     from timm.models import load_state_dict
@@ -184,13 +184,13 @@ def layer_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: 
     :func:`torch_meanfield.convert`, so that the layers are counted as timm counts them.
 
     Args:
-        model: a plain timm model.
-        lr: learning rate of the classifier.
-        weight_decay: where there is any.
-        layer_decay: rate of a layer over that of the next one; 1 gives all the same.
+        model: A plain timm model.
+        lr: Learning rate of the classifier.
+        weight_decay: Where there is any.
+        layer_decay: Rate of a layer over that of the next one; 1 gives all the same.
 
     Returns:
-        dictionaries with ``params``, ``lr``, ``weight_decay`` and ``name``, from the stem to the classifier.
+        Dictionaries with ``params``, ``lr``, ``weight_decay`` and ``name``, from the stem to the classifier.
     """
     from timm.optim import param_groups_layer_decay
 

@@ -10,9 +10,9 @@ def draw(path: Path, label: str, runs: dict[str, list[dict[str, Any]]]) -> None:
     """Left the test errors (thin: seeds, thick: their mean), right the final step sizes in the order of execution.
 
     Args:
-        path: of the PNG.
-        label: the data set's name.
-        runs: records of the runs by method.
+        path: Path of the PNG.
+        label: The data set's name.
+        runs: Records of the runs by method.
     """
     import matplotlib
 

@@ -77,12 +77,12 @@ def carried_out(folder: Path, name: str, args: list[str]) -> dict[str, Any]:
     """The record of a run of the recipe: read if it has finished, else made.
 
     Args:
-        folder: of all runs; this one is ``folder/name``.
-        name: of the run.
-        args: the recipe's arguments.
+        folder: Folder of all runs; this one is ``folder/name``.
+        name: Name of the run.
+        args: The recipe's arguments.
 
     Raises:
-        BadInput: the folder holds a run of this name with other arguments.
+        BadInput: The folder holds a run of this name with other arguments.
     """
     path = folder / f"{name}.json"
     command = " ".join(["python recipes/finetune_timm.py", shlex.join(args)])
@@ -204,9 +204,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrain-epochs", type=int, default=8)
     parser.add_argument("--pretrain-lr", type=float, default=2e-3)
-    parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning, the first for the classifier alone")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of fine-tuning, the first of the head alone")
     parser.add_argument("--tau-lr", type=float, nargs="+", default=[1.0, 10.0], help="learning rates of tau, times lr")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the processor (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--results", type=Path, help="where table, JSON and picture go; the folder of --out by default")
     parser.add_argument("more", nargs="*", help="further arguments of every run, behind `--`")

@@ -29,38 +29,38 @@ class FinetuneTask(Classifier):
     ``test_error``; errors are in percent.
 
     Args:
-        name: of a timm model.
-        pretrained: load the weights its authors published (from the hub, or from timm's cache).
-        checkpoint: load a plain state dict from this file instead. A classifier of another number of classes is left
+        name: Name of a timm model.
+        pretrained: Load the weights its authors published (from the hub, or from timm's cache).
+        checkpoint: Load a plain state dict from this file instead. A classifier of another number of classes is left
             out.
-        new_head: leave the checkpoint's classifier out whatever its size: same number, other classes.
-        kwargs: further arguments of ``timm.create_model``.
+        new_head: Leave the checkpoint's classifier out whatever its size: same number, other classes.
+        kwargs: Further arguments of ``timm.create_model``.
         mean_field: false for the plain model.
-        head_epochs: epochs in which only the classifier learns.
-        head_lr: learning rate in these; null for ``lr``.
+        head_epochs: Epochs in which only the classifier learns.
+        head_lr: Learning rate in these; null for ``lr``.
         optimizer: adamw, or sgd with momentum.
-        lr: learning rate of the classifier after the warm-up.
-        layer_decay: learning rate of a layer over that of the next one.
-        tau_lr_scale: learning rate of tau over ``lr``.
-        weight_decay: of matrices and kernels; vectors and tau have none.
-        momentum: of sgd.
-        warmup: share of the steps of the second phase in which the rate rises.
-        label_smoothing: share of the target spread over all classes.
-        channels_last: memory format of weights and images; faster for convolutions.
-        birth_death: wrap the optimizer, so that hidden units and blocks that do harm or have died are replaced.
-        birth_death_every: optimizer steps between two such events.
-        num_classes: taken from the data set on the command line.
-        in_chans: channels of the images; taken from the data set on the command line.
-        side: of the images in pixels; taken from the data set on the command line.
+        lr: Learning rate of the classifier after the warm-up.
+        layer_decay: Learning rate of a layer over that of the next one.
+        tau_lr_scale: Learning rate of tau over ``lr``.
+        weight_decay: Weight decay of matrices and kernels; vectors and tau have none.
+        momentum: Momentum of sgd.
+        warmup: Share of the steps of the second phase in which the rate rises.
+        label_smoothing: Share of the target spread over all classes.
+        channels_last: Memory format of weights and images; faster for convolutions.
+        birth_death: Wrap the optimizer, so that hidden units and blocks that do harm or have died are replaced.
+        birth_death_every: Optimizer steps between two such events.
+        num_classes: Taken from the data set on the command line.
+        in_chans: Channels of the images; taken from the data set on the command line.
+        side: Side of the images in pixels; taken from the data set on the command line.
 
     Attributes:
-        net: the timm model.
-        told: what was done with the weights, in words.
-        born: units replaced so far.
+        net: The timm model.
+        told: What was done with the weights, in words.
+        born: Units replaced so far.
 
     Raises:
-        BadInput: an unknown model, an unusable checkpoint, or a number out of its range.
-        ValueError: no block of the model can be converted.
+        BadInput: An unknown model, an unusable checkpoint, or a number out of its range.
+        ValueError: No block of the model can be converted.
     """
 
     def __init__(
@@ -193,9 +193,9 @@ def rate(total: int, head: int, head_factor: float, warmup: float) -> Callable[[
     """The factor of all learning rates at each step.
 
     Args:
-        total: optimizer steps of the training.
-        head: of these, the steps of the first phase, with the constant ``head_factor``.
-        warmup: share of the remaining steps in which the factor rises linearly to 1, before half a cosine to 0.
+        total: Optimizer steps of the training.
+        head: Number of these in the first phase, with the constant ``head_factor``.
+        warmup: Share of the remaining steps in which the factor rises linearly to 1, before half a cosine to 0.
     """
     rest = total - head
     rising = round(warmup * rest)

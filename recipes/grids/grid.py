@@ -35,7 +35,7 @@ def one_line_endings(script: str) -> Iterator[None]:
     """What ends a grid early is told in one line: exit code 2 for what its user can mend, 1 for failed trainings.
 
     Args:
-        script: its name, before the line.
+        script: Its name, before the line.
     """
     try:
         yield
@@ -58,10 +58,10 @@ class Job:
     """One training.
 
     Attributes:
-        name: of its folder and of its record.
-        config: file in recipes/configs.
-        args: further arguments of ``recipes/cifar.py fit``.
-        epochs: how many it takes.
+        name: Name of its folder and of its record.
+        config: File in recipes/configs.
+        args: Further arguments of ``recipes/cifar.py fit``.
+        epochs: Number of epochs.
     """
 
     name: str
@@ -186,15 +186,15 @@ def carry_out(
     device memory beside others, fewer are run at once from then on.
 
     Args:
-        jobs: what to train, in this order.
-        folder: of records and pieces.
-        at_once: how many at most run side by side.
-        threads: of the processor, for each.
-        finished: called with the records so far after each that is done.
+        jobs: What to train, in this order.
+        folder: Folder of records and pieces.
+        at_once: Largest number that run side by side.
+        threads: Threads of the processor, for each.
+        finished: Called with the records so far after each that is done.
 
     Raises:
         BadInput: ``folder`` holds a job of the same name with other arguments; nothing has been started then.
-        Failed: some jobs ended with an error, which is quoted; all others have been done.
+        Failed: Some jobs ended with an error, which is quoted; all others have been done.
     """
     places = [Place(job, folder) for job in jobs]
     for place in places:

@@ -11,14 +11,14 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
     """Mean of ``ours - theirs``, and half the width of its 95 % confidence interval by Student's t.
 
     Args:
-        ours: one figure for each seed.
-        theirs: the other side, in the same order.
+        ours: One figure for each seed.
+        theirs: The other side, in the same order.
 
     Returns:
-        the mean difference, and the half-width; infinite for a single pair, whose spread nobody knows.
+        The mean difference, and the half-width; infinite for a single pair, whose spread nobody knows.
 
     Raises:
-        ValueError: no pair, or sides of unequal length.
+        ValueError: No pair, or sides of unequal length.
     """
     from scipy.stats import t
 

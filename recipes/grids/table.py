@@ -207,7 +207,7 @@ def asked(argv: list[str]) -> tuple[Table, argparse.Namespace]:
     """The table that the command line asks for, and its other options.
 
     Raises:
-        BadInput: a row that does not exist, or a number out of its range.
+        BadInput: A row that does not exist, or a number out of its range.
     """
     parser = argparse.ArgumentParser(
         description="Vanilla and mean-field twins over rows of the published table and seeds."
@@ -225,7 +225,9 @@ def asked(argv: list[str]) -> tuple[Table, argparse.Namespace]:
     parser.add_argument(
         "--jobs", type=int, help="runs at once (default: 3 on each GPU; without one, the cores over --threads)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of the processor, for each run (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the processor, for each run (default %(default)s)"
+    )
     parser.add_argument(
         "--published", action="store_true", help="show the published figures beside another data set too"
     )

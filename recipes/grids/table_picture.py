@@ -12,10 +12,10 @@ def draw(path: Path, rows: dict[str, dict[str, Any]], curves: dict[str, dict[str
     """Left the difference mean-field - vanilla of each row with its interval, right the test errors by epoch.
 
     Args:
-        path: of the PNG.
-        rows: by network: ``difference`` and ``half_width_95`` in points (``None``: unknown), ``published`` (the pair of
+        path: Path of the PNG.
+        rows: By network: ``difference`` and ``half_width_95`` in points (``None``: unknown), ``published`` (the pair of
             published errors, or ``None``: not shown).
-        curves: by panel title: for each twin, one list of test errors in percent for each seed.
+        curves: By panel title: for each twin, one list of test errors in percent for each seed.
     """
     from matplotlib.figure import Figure
 

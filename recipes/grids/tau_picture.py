@@ -13,9 +13,9 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
     """Rows: horizon and start; columns: learning rate of tau. Left the error against the twin, right the re-sorts.
 
     Args:
-        path: of the PNG.
-        outcomes: of all settings.
-        title: above both maps.
+        path: Path of the PNG.
+        outcomes: Outcomes of all settings.
+        title: Above both maps.
     """
     import numpy
     from matplotlib.colors import CenteredNorm, SymLogNorm

@@ -39,12 +39,12 @@ class Outcome:
     """What one setting gave over its seeds.
 
     Attributes:
-        errors: by seed, the test error after the last epoch, percent.
-        difference: mean of error minus the vanilla twin's, points.
-        half_width: half its 95 % interval; infinite for one seed.
-        resorts: by seed.
-        steps: smallest and largest final step size of all layers and seeds.
-        spread: standard deviation of the final step sizes over their mean, layer by layer, in the mean.
+        errors: By seed, the test error after the last epoch, percent.
+        difference: Mean of error minus the vanilla twin's, points.
+        half_width: Half its 95 % interval; infinite for one seed.
+        resorts: By seed.
+        steps: Smallest and largest final step size of all layers and seeds.
+        spread: Standard deviation of the final step sizes over their mean, layer by layer, in the mean.
     """
 
     setting: Setting

@@ -163,7 +163,7 @@ def asked(argv: list[str]) -> argparse.Namespace:
     """The options.
 
     Raises:
-        BadInput: a number out of its range.
+        BadInput: A number out of its range.
     """
     parser = argparse.ArgumentParser(description="Horizon, start and learning rate of tau on real images.")
     parser.add_argument("--data", default="cifar10", help="digits, fashion-mnist, cifar10, cifar100, or folder:PATH")

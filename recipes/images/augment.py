@@ -18,10 +18,10 @@ def draw_windows(n: int, padding: int, mirror: bool, generator: torch.Generator 
     One number for each image, so that drawing an epoch at once and drawing it batch by batch give the same.
 
     Args:
-        n: number of images.
-        padding: pixels on each side, at least 0.
-        mirror: whether mirror images are among the choices.
-        generator: a CPU generator: drawn on the CPU, one seed gives the same crops on every device. ``None`` for the
+        n: Number of images.
+        padding: Pixels on each side, at least 0.
+        mirror: Whether mirror images are among the choices.
+        generator: A CPU generator: drawn on the CPU, one seed gives the same crops on every device. ``None`` for the
             global one.
 
     Returns:
@@ -43,13 +43,13 @@ def cut_windows(images: Tensor, padding: int, windows: Tensor, mirror: bool = Tr
     3x32x32 on one CPU core, a third of what a gather of pixels takes.
 
     Args:
-        images: shape ``(N, C, H, W)``, any dtype, on any device.
-        padding: pixels on each side, at least 0.
+        images: Shape ``(N, C, H, W)``, any dtype, on any device.
+        padding: Pixels on each side, at least 0.
         windows: int64, shape ``(N,)``, on the device of ``images``; see :func:`draw_windows`.
         mirror: ``False`` if none of ``windows`` is mirrored, which spares looking.
 
     Returns:
-        shape ``(N, C, H, W)``, the dtype and device of ``images``.
+        Shape ``(N, C, H, W)``, the dtype and device of ``images``.
 
     Raises:
         ValueError: ``images`` is not four-dimensional, or ``windows`` does not hold one number for each of them.
@@ -84,13 +84,13 @@ def pad_crop_mirror(images: Tensor, padding: int, mirror: bool, generator: torch
     each image on its own; see :func:`draw_windows` and :func:`cut_windows`.
 
     Args:
-        images: shape ``(N, C, H, W)``, any dtype, on any device.
-        padding: pixels on each side, at least 0.
-        mirror: whether to mirror left to right with probability 1/2.
-        generator: a CPU generator for the draws; ``None`` for the global one.
+        images: Shape ``(N, C, H, W)``, any dtype, on any device.
+        padding: Pixels on each side, at least 0.
+        mirror: Whether to mirror left to right with probability 1/2.
+        generator: A CPU generator for the draws; ``None`` for the global one.
 
     Returns:
-        shape ``(N, C, H, W)``, the dtype and device of ``images``.
+        Shape ``(N, C, H, W)``, the dtype and device of ``images``.
 
     Raises:
         ValueError: ``images`` is not four-dimensional or ``padding`` is negative.

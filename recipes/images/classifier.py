@@ -29,18 +29,18 @@ class Classifier(LightningModule):
     ``test_error``; errors are in percent.
 
     Args:
-        label_smoothing: share of the target spread over all classes, in training.
-        channels_last: memory format of weights (:meth:`lay_out_`) and images.
-        momentum: of SGD.
-        birth_death: whether :meth:`wrapped` lets units and blocks die and be born.
-        birth_death_every: optimizer steps between two such events.
+        label_smoothing: Share of the target spread over all classes, in training.
+        channels_last: Memory format of weights (:meth:`lay_out_`) and images.
+        momentum: Momentum of SGD.
+        birth_death: Whether :meth:`wrapped` lets units and blocks die and be born.
+        birth_death_every: Optimizer steps between two such events.
 
     Attributes:
-        net: the network; set by the subclass.
-        born: units and blocks replaced so far.
+        net: The network; set by the subclass.
+        born: Units and blocks replaced so far.
 
     Raises:
-        BadInput: a number out of its range.
+        BadInput: A number out of its range.
     """
 
     net: nn.Module
@@ -105,7 +105,7 @@ class Classifier(LightningModule):
         """Optimizer steps of the whole training, which ``schedule`` is told in.
 
         Raises:
-            BadInput: the training has no end.
+            BadInput: The training has no end.
         """
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):

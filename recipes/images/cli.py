@@ -261,7 +261,7 @@ def run(model_class: type, data_class: type) -> RecipeCLI:
     """Parse ``sys.argv`` (spelled out) and carry out its subcommand.
 
     Raises:
-        BadInput: wrong arguments, files or folders.
+        BadInput: Wrong arguments, files or folders.
     """
     each = {
         "exit_on_error": False,

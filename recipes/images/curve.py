@@ -19,7 +19,7 @@ class Curve(Callback):
     to ``curve.json`` in the log directory, for whoever waits for the end.
 
     Attributes:
-        epochs: one dictionary for each finished epoch: ``epoch`` (from 0), and what was logged; errors in percent.
+        epochs: One dictionary for each finished epoch: ``epoch`` (from 0), and what was logged; errors in percent.
     """
 
     def __init__(self) -> None:

@@ -85,23 +85,23 @@ class ImageData(LightningDataModule):
     is resumed. Several processes share one order, each with crops of its own.
 
     Args:
-        name: digits, fashion-mnist, cifar10, cifar100, or folder:PATH (PATH/train/CLASS/*, PATH/test/CLASS/*).
-        root: where torchvision keeps what it downloads.
-        batch_size: images in a training batch.
-        eval_batch_size: images in a batch of evaluation.
-        augment: whether to crop and mirror the training images.
-        padding: pixels of padding for the random crop; null for an eighth of the side (4 for 32 pixels).
-        mirror: whether to mirror; null for what suits the data set (not digits: a mirrored 2 is no 2).
-        val_fraction: share of the training images held back, by the seed, for the evaluation after each epoch.
-        size: side in pixels to which the images of a folder are resized; null if they have one size.
-        memory_limit_gib: the most memory that decoded images may take, in GiB; a larger folder is streamed.
+        name: Digits, fashion-mnist, cifar10, cifar100, or folder:PATH (PATH/train/CLASS/*, PATH/test/CLASS/*).
+        root: Where torchvision keeps what it downloads.
+        batch_size: Images in a training batch.
+        eval_batch_size: Images in a batch of evaluation.
+        augment: Whether to crop and mirror the training images.
+        padding: Pixels of padding for the random crop; null for an eighth of the side (4 for 32 pixels).
+        mirror: Whether to mirror; null for what suits the data set (not digits: a mirrored 2 is no 2).
+        val_fraction: Share of the training images held back, by the seed, for the evaluation after each epoch.
+        size: Side in pixels to which the images of a folder are resized; null if they have one size.
+        memory_limit_gib: The most memory that decoded images may take, in GiB; a larger folder is streamed.
         workers: DataLoader workers; null for 0 in memory and up to 4 for a streamed folder.
-        resident: whether the decoded images are kept on the trainer's device; null if they fit there (on a GPU: into
+        resident: Whether the decoded images are kept on the trainer's device; null if they fit there (on a GPU: into
             half of its free memory).
-        label: how results name the data set; null for its name.
+        label: How results name the data set; null for its name.
 
     Raises:
-        BadInput: an unknown name, an unusable folder, or a number out of its range.
+        BadInput: An unknown name, an unusable folder, or a number out of its range.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class ImageData(LightningDataModule):
         """Decode the images, or get ready to stream them; once.
 
         Raises:
-            BadInput: an image that cannot be read or does not fit the others.
+            BadInput: An image that cannot be read or does not fit the others.
         """
         if self._data:
             return

@@ -23,7 +23,7 @@ def read_rgb(path: str) -> Image.Image:
     """Open one image as RGB.
 
     Raises:
-        BadInput: the file is not a readable image; it is named.
+        BadInput: The file is not a readable image; it is named.
     """
     try:
         with warnings.catch_warnings():
@@ -40,11 +40,11 @@ class Folder(Source):
     """Both splits are listed, and checked against each other, when the object is made; decoding comes later.
 
     Args:
-        path: the folder that holds ``train`` and ``test``.
-        size: side in pixels to which every image is resized (a square); ``None`` if all have one size already.
+        path: The folder that holds ``train`` and ``test``.
+        size: Side in pixels to which every image is resized (a square); ``None`` if all have one size already.
 
     Raises:
-        BadInput: the folder or one of its parts is missing, a class is empty, or the classes of the two splits differ.
+        BadInput: The folder or one of its parts is missing, a class is empty, or the classes of the two splits differ.
     """
 
     in_chans = 3
@@ -86,7 +86,7 @@ class Folder(Source):
         """Side in pixels of the (square) images: ``size``, or that of the first training image.
 
         Raises:
-            BadInput: the first image is not square and no ``size`` was given.
+            BadInput: The first image is not square and no ``size`` was given.
         """
         path = self._files["train"].samples[0][0]
         image = self._fit(read_rgb(path))

@@ -15,9 +15,9 @@ class Mixup:
     generator state has to be kept: of a checkpoint only the ``seed`` is needed.
 
     Args:
-        alpha: of the Beta distribution of the proportion; above 0.
-        num_classes: length of the mixed targets.
-        seed: where the draws start.
+        alpha: Parameter of the Beta distribution of the proportion; above 0.
+        num_classes: Length of the mixed targets.
+        seed: Where the draws start.
     """
 
     def __init__(self, alpha: float, num_classes: int, seed: int = 0) -> None:
@@ -28,12 +28,12 @@ class Mixup:
         """Mix each image with its neighbour in the batch.
 
         Args:
-            images: floats of shape ``(B, C, H, W)``.
+            images: Floats of shape ``(B, C, H, W)``.
             labels: int64, shape ``(B,)``.
-            place: rank, epoch, and number of the batch in it.
+            place: Rank, epoch, and number of the batch in it.
 
         Returns:
-            mixed images ``(B, C, H, W)``, and the probabilities of the classes ``(B, num_classes)``.
+            Mixed images ``(B, C, H, W)``, and the probabilities of the classes ``(B, num_classes)``.
         """
         drawn = numpy.random.SeedSequence([self.seed, *place]).generate_state(1, numpy.uint64)
         # The transform draws from the CPU's global generator: lend it one. (torch.manual_seed would reseed GPUs too.)

@@ -24,13 +24,13 @@ class Order(DistributedSampler[Any]):
     sampler of a ``DataLoader`` it yields numbers of images, or pairs of such a number and a window if there are crops.
 
     Args:
-        n: number of images.
-        generator: on the CPU; ``None`` for the images as they lie, without any draw.
-        shuffle: whether to permute.
-        padding: pixels of padding for the random crops; ``None`` for neither crops nor mirror images.
-        mirror: whether to mirror half of the images.
-        rank: of this process.
-        world_size: number of processes.
+        n: Number of images.
+        generator: On the CPU; ``None`` for the images as they lie, without any draw.
+        shuffle: Whether to permute.
+        padding: Pixels of padding for the random crops; ``None`` for neither crops nor mirror images.
+        mirror: Whether to mirror half of the images.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Order(DistributedSampler[Any]):
         """Begin an epoch.
 
         Returns:
-            the numbers of its images, int64, shape ``(len(self),)``, and their windows, of the same shape, see
+            The numbers of its images, int64, shape ``(len(self),)``, and their windows, of the same shape, see
             :func:`.draw_windows`; ``None`` if there are no crops.
         """
         order, windows = torch.arange(self.n), None

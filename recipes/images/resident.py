@@ -33,11 +33,11 @@ class ResidentLoader:
     the device once; after that a batch is a handful of operations on the device, and nothing waits for it.
 
     Args:
-        images: decoded; copied to ``device`` unless they are there.
-        batch_size: images in a batch; the last one of an epoch may be smaller.
-        order: of the images, and their crops, see :class:`.Order`; it draws an epoch each time iteration begins.
-        mean, std: of pixels in 0..1 by channel, shape ``(C,)``.
-        device: where the batches are wanted.
+        images: Decoded; copied to ``device`` unless they are there.
+        batch_size: Images in a batch; the last one of an epoch may be smaller.
+        order: Order of the images, and their crops, see :class:`.Order`; it draws an epoch each time iteration begins.
+        mean, std: Mean and standard deviation of pixels in 0..1 by channel, shape ``(C,)``.
+        device: Where the batches are wanted.
 
     Yields:
         images float32 ``(B, C, H, W)`` and labels int64 ``(B,)``, both on ``device``.

@@ -27,12 +27,12 @@ def check_same_run(checkpoint: Path, now: Mapping[str, Any], defaults: Mapping[s
     A checkpoint that does not lie in the folder of a run is none of this function's business.
 
     Args:
-        checkpoint: the file to resume from, ``RUN/checkpoints/NAME.ckpt``.
-        now: the configuration given, in groups as in ``RUN/config.yaml``.
-        defaults: of all options: what an option had that the run's version did not know yet.
+        checkpoint: The file to resume from, ``RUN/checkpoints/NAME.ckpt``.
+        now: The configuration given, in groups as in ``RUN/config.yaml``.
+        defaults: Defaults of all options, for those that the version of the run did not know yet.
 
     Raises:
-        BadInput: options differ; they are named.
+        BadInput: Options differ; they are named.
     """
     kept = checkpoint.resolve().parent.parent / "config.yaml"
     if not kept.is_file():

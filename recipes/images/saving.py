@@ -24,7 +24,7 @@ class WholeFiles(TorchCheckpointIO):
         """Write ``checkpoint`` to ``path``, a path of this machine's file system.
 
         Raises:
-            OSError: it could not be written; what was at ``path`` is still there.
+            OSError: It could not be written; what was at ``path`` is still there.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)

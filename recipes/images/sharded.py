@@ -67,8 +67,8 @@ class FoundPopulations:
     """The populations of a network, found while it is whole; sharding replaces every parameter by another object.
 
     Args:
-        net: the network before :func:`shard_`.
-        example: an input of it.
+        net: The network before :func:`shard_`.
+        example: An input of it.
     """
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:

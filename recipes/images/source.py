@@ -35,10 +35,10 @@ class Source(ABC):
     """A data set with a training and a test split.
 
     Attributes:
-        name: how results name it.
-        num_classes: number of classes.
-        in_chans: channels of an image.
-        mirror: whether the mirror image of a member of a class is again a member, so that mirroring is allowed.
+        name: How results name it.
+        num_classes: Number of classes.
+        in_chans: Channels of an image.
+        mirror: Whether the mirror image of a member of a class is again a member, so that mirroring is allowed.
     """
 
     name: str

@@ -129,11 +129,11 @@ def open_source(data: str, root: Path, size: int | None = None) -> Source:
 
     Args:
         data: ``digits``, ``fashion-mnist``, ``cifar10``, ``cifar100``, or ``folder:PATH``.
-        root: where torchvision keeps what it downloads.
-        size: side in pixels to which the images of a folder are resized; ``None`` if they have one size already.
+        root: Where torchvision keeps what it downloads.
+        size: Side in pixels to which the images of a folder are resized; ``None`` if they have one size already.
 
     Raises:
-        BadInput: an unknown name, or a folder that cannot be used.
+        BadInput: An unknown name, or a folder that cannot be used.
     """
     kind, _, path = data.partition(":")
     if kind == "folder" and path:

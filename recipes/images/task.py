@@ -31,34 +31,34 @@ class ImageTask(Classifier):
 
     Args:
         depth: 6k + 2 for basic blocks, 9k + 2 for bottleneck and resnext.
-        block: kind of residual branch.
-        cardinality: groups of a ResNeXt block.
-        base_width: channels in a group of a ResNeXt block.
-        horizon: last time of the uniform grid in each stage; null for the number of its blocks (all steps are 1).
-        tau_init: where the times start: uniform (a grid) or random.
+        block: Kind of residual branch.
+        cardinality: Groups of a ResNeXt block.
+        base_width: Channels in a group of a ResNeXt block.
+        horizon: Last time of the uniform grid in each stage; null for the number of its blocks (all steps are 1).
+        tau_init: Where the times start: uniform (a grid) or random.
         learn_tau: false for the vanilla twin with the same initial weights.
-        drop_rate: dropout before the classifier.
-        lr: learning rate at the start.
-        momentum: of SGD.
-        weight_decay: of the weights; tau has none.
-        tau_lr_scale: learning rate of tau over that of the weights.
-        label_smoothing: share of the target spread over all classes.
-        mixup: alpha of the Beta distribution in which neighbours in a batch are mixed; 0 for none.
-        ema: decay of the exponential moving average of the weights that is evaluated, and kept at the end; null for
+        drop_rate: Dropout before the classifier.
+        lr: Learning rate at the start.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of the weights; tau has none.
+        tau_lr_scale: Learning rate of tau over that of the weights.
+        label_smoothing: Share of the target spread over all classes.
+        mixup: Alpha of the Beta distribution in which neighbours in a batch are mixed; 0 for none.
+        ema: Decay of the exponential moving average of the weights that is evaluated, and kept at the end; null for
             none.
-        channels_last: memory format of weights and images; faster for convolutions on GPUs.
-        compile: run the network through ``torch.compile``.
-        birth_death: wrap the optimizer, so that hidden units and blocks that do harm or have died are replaced.
-        birth_death_every: optimizer steps between two such events.
-        num_classes: taken from the data set on the command line.
-        in_chans: channels of the images; taken from the data set on the command line.
+        channels_last: Memory format of weights and images; faster for convolutions on GPUs.
+        compile: Run the network through ``torch.compile``.
+        birth_death: Wrap the optimizer, so that hidden units and blocks that do harm or have died are replaced.
+        birth_death_every: Optimizer steps between two such events.
+        num_classes: Taken from the data set on the command line.
+        in_chans: Channels of the images; taken from the data set on the command line.
 
     Attributes:
-        net: the network.
-        born: units and blocks replaced so far.
+        net: The network.
+        born: Units and blocks replaced so far.
 
     Raises:
-        ValueError: a depth that the block type does not have, or a number out of its range.
+        ValueError: A depth that the block type does not have, or a number out of its range.
     """
 
     def __init__(

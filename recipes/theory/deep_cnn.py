@@ -21,10 +21,10 @@ class DeepCNN(nn.Module):
     trained: whatever the network learns, its convolutions learn.
 
     Args:
-        depth: number of convolutions.
-        channels: of each.
-        q: variance of the first pre-activations for images of variance 1.
-        size: images are ``size`` x ``size``.
+        depth: Number of convolutions.
+        channels: Number of channels of each.
+        q: Variance of the first pre-activations for images of variance 1.
+        size: Images are ``size`` x ``size``.
     """
 
     spread: Tensor

@@ -72,7 +72,7 @@ def normality(deviation: Tensor, covariance: Tensor) -> tuple[Tensor, float, flo
 def main() -> None:
     parser = arguments("fluctuations", __doc__)
     parser.add_argument("--networks", type=int, default=200)
-    parser.add_argument("--particles", type=int, default=2**17, help="of the limit")
+    parser.add_argument("--particles", type=int, default=2**17, help="particles of the limit")
     args = parser.parse_args()
     begun = time.perf_counter()
     f, final = limit(args.particles, seed=0)

@@ -18,7 +18,7 @@ from recipes.record import DIGITS, provenance, write_json
 def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
     """The options all have."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything drawn (default %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/theory") / name, help="folder for the table, the JSON and the picture"
     )

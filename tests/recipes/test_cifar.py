@@ -12,8 +12,9 @@ import torch
 import yaml
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from recipes import record
 from recipes.cifar import long_form
-from recipes.images import curve, saving
+from recipes.images import saving
 from recipes.images.cli import CONFIGS, spelled_out
 from recipes.images.task import ImageTask
 
@@ -290,7 +291,7 @@ def test_a_full_disk_is_one_line_and_earlier_files_are_intact(cifar, capfd, tmp_
         with open("/dev/full", "w") as file:
             file.write("a line")
 
-    for module in (saving, curve):
+    for module in (saving, record):
         monkeypatch.setattr(module.os, "fsync", lambda number: None)  # a device has nothing to keep
     monkeypatch.setattr(Path, "open", full)
     if what == "log":

@@ -32,10 +32,10 @@ class Subject:
     """Something that loads a checkpoint.
 
     Attributes:
-        state: its state dict, live.
-        load: load one.
-        others: state dicts of other models, none of which may be loaded.
-        use: run it once, after a load.
+        state: Its state dict, live.
+        load: Load one.
+        others: State dicts of other models, none of which may be loaded.
+        use: Run it once, after a load.
     """
 
     state: Callable[[], dict[str, Any]]
@@ -278,7 +278,7 @@ def soak(
     """Damage checkpoints ``count`` times: each subject in turn, and then a file.
 
     Returns:
-        tries, how many were survived, and a line for each that was not.
+        Tries, how many were survived, and a line for each that was not.
     """
     rng, failures = random.Random(seed), []
     names = [*subjects, FILES] if subjects is SUBJECTS else list(subjects)

@@ -30,10 +30,10 @@ class Death:
     """When a process kills itself.
 
     Args:
-        step: optimizer steps taken so far; -1: not at a step.
-        phase: of :data:`PHASES`: before the forward pass, between the optimizer's step and all that follows it, half
-            through the write of a checkpoint, or half through one that is written to its place without care.
-        after: seconds after the start, whatever is being done then; 0: never.
+        step: Optimizer steps taken so far; -1: not at a step.
+        phase: One of :data:`PHASES`: before the forward pass, between the optimizer's step and all that follows it,
+            half through the write of a checkpoint, or half through one that is written to its place without care.
+        after: Seconds after the start, whatever is being done then; 0: never.
     """
 
     step: int = -1
@@ -253,8 +253,8 @@ class Outcome:
     """What became of one training that was killed.
 
     Args:
-        kills: how many of its processes were.
-        differences: from the one that was not: none, if it survived.
+        kills: Number of its processes that were killed.
+        differences: From the one that was not: none, if it survived.
     """
 
     kills: int

@@ -24,12 +24,12 @@ class Figures:
     """Before and after.
 
     Args:
-        steps: taken, the first tenth as warm-up.
+        steps: Taken, the first tenth as warm-up.
         motions: re-sorts, births and whatever else moved particles.
-        populations: sizes, after the warm-up and at the end.
-        counted: hooks, subscribers, registered layers and optimizers, after the warm-up and at the end.
-        memory: resident MiB of the process, after the warm-up and at the end; 0 where the system does not tell.
-        milliseconds: of processor time per step, in the first tenth after the warm-up and in the last.
+        populations: Sizes, after the warm-up and at the end.
+        counted: Hooks, subscribers, registered layers and optimizers, after the warm-up and at the end.
+        memory: Resident MiB of the process, after the warm-up and at the end; 0 where the system does not tell.
+        milliseconds: Milliseconds of processor time per step, in the first tenth after the warm-up and in the last.
     """
 
     steps: int

@@ -20,11 +20,11 @@ class Overflowed:
     """What became of one training.
 
     Args:
-        steps: taken.
-        skipped: steps that overflowed.
-        moved: skipped steps on which something changed, or moved.
-        motions: of all causes.
-        ending: parameters, buffers, optimizer state and population averages at the end.
+        steps: Taken.
+        skipped: Steps that overflowed.
+        moved: Skipped steps on which something changed, or moved.
+        motions: Motions of all causes.
+        ending: Parameters, buffers, optimizer state and population averages at the end.
     """
 
     steps: int

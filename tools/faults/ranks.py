@@ -43,11 +43,11 @@ class Form:
 
     Args:
         strategy: ``"none"`` (one process), ``"DDP"`` or ``"FSDP2"``.
-        narrow: whether FSDP2 computes in bfloat16.
-        dtype: of the parameters.
-        alike: every rank takes the whole batch, so that the mean over ranks rounds nothing; otherwise its own part.
-        pieces: backward passes in which a step's gradient is accumulated.
-        births: settings of the ``BirthDeathOptimizer`` other than the usual.
+        narrow: Whether FSDP2 computes in bfloat16.
+        dtype: Dtype of the parameters.
+        alike: Every rank takes the whole batch, so that the mean over ranks rounds nothing; otherwise its own part.
+        pieces: Backward passes in which a step's gradient is accumulated.
+        births: Settings of the ``BirthDeathOptimizer`` other than the usual.
     """
 
     strategy: str = "none"
@@ -193,7 +193,7 @@ def together(world: int, act: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``act(*args)`` returned on each of ``world`` ranks, in processes of their own that form a gloo group.
 
     Raises:
-        RuntimeError: a rank failed; with its traceback.
+        RuntimeError: A rank failed; with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *PRELOAD])  # imported once for all

@@ -15,8 +15,8 @@ def elementwise(activation: Activation) -> Activation:
     """``activation``, proven on a probe to be element-wise in float64; one that writes into its input is given a copy.
 
     Raises:
-        TypeError: it is not callable, cannot take float64, or does not return a tensor.
-        ValueError: an entry of its output depends on other entries, or on chance.
+        TypeError: It is not callable, cannot take float64, or does not return a tensor.
+        ValueError: An entry of its output depends on other entries, or on chance.
     """
     name = name_of(activation)
     if not callable(activation):

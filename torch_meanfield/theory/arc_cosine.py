@@ -27,7 +27,7 @@ def outer_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
         ``(B, B')``, float64.
 
     Raises:
-        TypeError, ValueError: something else than two matrices of one width.
+        TypeError, ValueError: Something else than two matrices of one width.
 
     Source: Yang 2022, :math:`k^{(a)}`; Cho and Saul 2009, order 1.
 
@@ -51,13 +51,13 @@ def inner_kernel(x: Tensor, y: Tensor | None = None, *, output_variance: float =
     Args:
         x: ``(B, d)``.
         y: ``(B', d)``; ``None``: ``x``.
-        output_variance: of the output weights a, at least 0.
+        output_variance: Variance of the output weights a, at least 0.
 
     Returns:
         ``(B, B')``, float64.
 
     Raises:
-        TypeError, ValueError: something else than two matrices of one width; a negative variance.
+        TypeError, ValueError: Something else than two matrices of one width; a negative variance.
 
     Source: Yang 2022, :math:`k^{(w)}`; Cho and Saul 2009, order 0.
     """

@@ -37,14 +37,14 @@ def batch_norm_gradient_growth(activation: Activation, batch_size: int | None = 
     .. math:: \frac{B\; E\,\mathrm{tr}\left[(G - u u^\top) D G D\right]}{(a - b)(B - 1)(B - 3)}.
 
     Args:
-        activation: any element-wise callable.
+        activation: Any element-wise callable.
         batch_size: B, at least 4 (below, the mean of the factor is infinite); ``None``: the limit of large batches.
 
     Returns:
         0-d float64 tensor.
 
     Raises:
-        ValueError: a batch smaller than 4, an activation that is not element-wise or that is constant.
+        ValueError: A batch smaller than 4, an activation that is not element-wise or that is constant.
 
     Source: Yang et al. 2019, section 3.3 and eq. for the ReLU limit.
 

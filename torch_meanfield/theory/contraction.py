@@ -29,10 +29,10 @@ def add_product_(
 
     Args:
         kernel: ``(B k, B' k)``.
-        left: gradients ``(B, k, T, m)`` and inputs ``(B, T, n)``.
-        right: the same for the other samples; the very object ``left`` if they are the same.
-        groups: of a convolution: block g of the m outputs sees block g of the n inputs.
-        workspace: about how many bytes may be used at a time.
+        left: Gradients ``(B, k, T, m)`` and inputs ``(B, T, n)``.
+        right: The same for the other samples; the very object ``left`` if they are the same.
+        groups: Number of groups of a convolution; block g of the m outputs sees block g of the n inputs.
+        workspace: About how many bytes may be used at a time.
     """
     (d, x), (e, _) = left, right
     batch, outputs, terms, m = d.shape

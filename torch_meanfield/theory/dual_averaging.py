@@ -26,16 +26,16 @@ class ParticleDualAveraging(LangevinOptimizer):
     the same order, at each call.
 
     Args:
-        params: parameters or groups of them.
-        lr: time step of the inner Langevin steps, positive.
+        params: Parameters or groups of them.
+        lr: Time step of the inner Langevin steps, positive.
         temperature: T, positive.
         weight_decay: :math:`\lambda`, positive in theory, at least 0 here.
         particles: n, where the outputs are means over n units: gradients by a unit are multiplied by it.
         inner_steps: Langevin steps in each outer step.
-        seed: of the noise, which has a generator of its own.
+        seed: Seed of the noise, which has a generator of its own.
 
     Raises:
-        TypeError, ValueError: a setting that is no number or out of its range.
+        TypeError, ValueError: A setting that is no number or out of its range.
 
     Example:
         >>> theta = torch.zeros(1000, requires_grad=True)
@@ -78,16 +78,16 @@ class ParticleDualAveraging(LangevinOptimizer):
         """One outer step.
 
         Args:
-            closure: evaluates the model and returns ``(loss, outputs)``: the outputs on all samples, with their graph,
+            closure: Evaluates the model and returns ``(loss, outputs)``: the outputs on all samples, with their graph,
                 and the loss as a function of these. It is called once for the loss and once for each inner step.
                 Gradients in ``p.grad`` are neither used nor changed.
 
         Returns:
-            the loss before the step, detached.
+            The loss before the step, detached.
 
         Raises:
-            TypeError: no closure, or one that does not return two tensors.
-            ValueError: outputs of another shape than before, or a loss that does not depend on them.
+            TypeError: No closure, or one that does not return two tensors.
+            ValueError: Outputs of another shape than before, or a loss that does not depend on them.
         """
         loss, outputs = self._evaluate(closure)
         if self._average is not None and self._average.shape != outputs.shape:

@@ -25,9 +25,9 @@ class EllipticOperator:
     """The coefficients of L.
 
     Attributes:
-        a: maps points ``(N, d)`` to symmetric positive matrices ``(N, d, d)``.
-        b: maps them to ``(N, d)``.
-        c: maps them to ``(N,)``.
+        a: Maps points ``(N, d)`` to symmetric positive matrices ``(N, d, d)``.
+        b: Maps them to ``(N, d)``.
+        c: Maps them to ``(N,)``.
     """
 
     a: Coefficient
@@ -38,14 +38,14 @@ class EllipticOperator:
         """L u at points, by automatic differentiation of any function.
 
         Args:
-            u: maps one point ``(d,)`` to a scalar, by operations that ``torch.func`` can differentiate twice.
+            u: Maps one point ``(d,)`` to a scalar, by operations that ``torch.func`` can differentiate twice.
             x: ``(N, d)``.
 
         Returns:
             ``(N,)``.
 
         Raises:
-            ValueError: coefficients of other shapes, or an A that is not symmetric and positive.
+            ValueError: Coefficients of other shapes, or an A that is not symmetric and positive.
         """
         a, b, c = self.at(x)
         value, slope, curvature = vmap(u)(x), vmap(grad(u))(x), vmap(jacrev(grad(u)))(x)
@@ -81,12 +81,12 @@ class BoundaryNet(nn.Module):
     Args:
         dim: d.
         width: N.
-        output_scale: standard deviation of a at the start.
-        weight_scale: standard deviation of w and of the biases at the start.
-        generator: of what is drawn.
+        output_scale: Standard deviation of a at the start.
+        weight_scale: Standard deviation of w and of the biases at the start.
+        generator: Generator of what is drawn.
 
     Raises:
-        ValueError: a number below 1, or a scale that is negative.
+        ValueError: A number below 1, or a scale that is negative.
     """
 
     def __init__(
@@ -120,11 +120,11 @@ class Collocation:
 
     Args:
         operator: L.
-        x: the points, ``(n, d)``, float64.
-        f: the right-hand side there, ``(n,)``.
+        x: The points, ``(n, d)``, float64.
+        f: The right-hand side there, ``(n,)``.
 
     Raises:
-        ValueError: shapes that do not fit, coefficients that are not elliptic.
+        ValueError: Shapes that do not fit, coefficients that are not elliptic.
     """
 
     def __init__(self, operator: EllipticOperator, x: Tensor, f: Tensor) -> None:

@@ -28,9 +28,9 @@ class FisherStatistics:
     """Of the eigenvalues of a Fisher information matrix, zeros included.
 
     Attributes:
-        mean: trace / P.
-        second_moment: sum of squares / P.
-        largest: the largest eigenvalue.
+        mean: Trace / P.
+        second_moment: Sum of squares / P.
+        largest: The largest eigenvalue.
     """
 
     mean: float
@@ -68,14 +68,14 @@ def predicted_fisher(
     eigenvalue is C-fold in that limit.
 
     Args:
-        activation: any element-wise callable.
+        activation: Any element-wise callable.
         widths: :math:`M_0, \dots, M_L`; at least one hidden layer.
-        sigma_w, sigma_b: standard deviations, at least 0.
+        sigma_w, sigma_b: Standard deviations, at least 0.
         samples: T.
-        input_variance: of each coordinate of the inputs.
+        input_variance: Variance of each coordinate of the inputs.
 
     Raises:
-        TypeError, ValueError: a number out of its range, an activation that is not element-wise.
+        TypeError, ValueError: A number out of its range, an activation that is not element-wise.
 
     Source: Karakida, Akaho, Amari 2019 (arXiv:1806.01316), theorems 1 to 3.
 
@@ -121,10 +121,10 @@ def measured_fisher(model: nn.Module, x: Tensor, *, max_bytes: int = 2 << 30) ->
     """The same of any network, from its tangent kernel.
 
     Args:
-        model: maps a batch ``(T, ...)`` to ``(T, C)``; see :func:`~torch_meanfield.theory.ntk.empirical_ntk`, whose
+        model: Maps a batch ``(T, ...)`` to ``(T, C)``; see :func:`~torch_meanfield.theory.ntk.empirical_ntk`, whose
             errors this raises.
-        x: the T inputs.
-        max_bytes: a bound on the memory.
+        x: The T inputs.
+        max_bytes: A bound on the memory.
     """
     kernel = empirical_ntk(model, x, max_bytes=max_bytes).double() / len(x)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -26,15 +26,15 @@ def gaussian_particles(count: int, dim: int, *, seed: int = 0) -> Tensor:
     rules does worse here: where the flow parts the particles, the trained unit is steep in where it began.
 
     Args:
-        count: a power of 2, for which the points are balanced.
-        dim: number of coordinates.
-        seed: of the scrambling.
+        count: A power of 2, for which the points are balanced.
+        dim: Number of coordinates.
+        seed: Seed of the scrambling.
 
     Returns:
         ``(count, dim)``, float64.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: A number out of its range.
 
     Source: Owen 1998, scrambled nets.
     """
@@ -64,15 +64,15 @@ def train_particles(
         theta: ``(..., n, p)``: one network, or many that do not see each other.
         x: ``(N, d)``.
         y: ``(N,)``.
-        dt: time step; the learning rate of a network of n units divided by n.
-        steps: number of steps.
+        dt: Time step; the learning rate of a network of n units divided by n.
+        steps: Number of steps.
         weights: ``(n,)``; ``None``: 1/n each, a network.
 
     Returns:
-        outputs ``(steps + 1, ..., N)`` and the final particles.
+        Outputs ``(steps + 1, ..., N)`` and the final particles.
 
     Raises:
-        ValueError: shapes that do not fit, or a time step or a number of steps out of range.
+        ValueError: Shapes that do not fit, or a time step or a number of steps out of range.
 
     Source: Rotskoff 2020, (21), (22) with F of (24).
     """
@@ -97,15 +97,15 @@ def fluctuation_covariance(
     .. math:: E[g_t(x) g_t(x')] = \int \psi_t(x)\psi_t(x')\,d\mu_0 - \int\psi_t(x)\,d\mu_0 \int\psi_t(x')\,d\mu_0.
 
     Args:
-        unit, x, y, dt, steps: as for :func:`train_particles`.
-        theta: particles that stand for the initial measure, ``(m, p)``.
-        weights: theirs, ``(m,)``; ``None``: equal.
+        unit, x, y, dt, steps: As for :func:`train_particles`.
+        theta: Particles that stand for the initial measure, ``(m, p)``.
+        weights: Theirs, ``(m,)``; ``None``: equal.
 
     Returns:
         ``(N, N)``.
 
     Raises:
-        ValueError: as :func:`train_particles`.
+        ValueError: As :func:`train_particles`.
 
     Source: Rotskoff 2020, (31) and the proposition below it; arXiv:1808.09372.
     """
@@ -128,11 +128,11 @@ def monte_carlo_variance(unit: Unit, theta: Tensor, x: Tensor) -> Tensor:
               = \int\left(\int\varphi^2 d\mu - \Big(\int\varphi\,d\mu\Big)^2\right)d\nu
 
     Args:
-        unit, x: as for :func:`train_particles`.
-        theta: particles that stand for the measure, ``(m, p)``.
+        unit, x: As for :func:`train_particles`.
+        theta: Particles that stand for the measure, ``(m, p)``.
 
     Returns:
-        a scalar.
+        A scalar.
 
     Source: Rotskoff 2020, (32).
     """

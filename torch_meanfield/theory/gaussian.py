@@ -69,8 +69,8 @@ def expect(f: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
     r"""E[f(u)] for u ~ N(0, q).
 
     Args:
-        f: maps a tensor of any shape to that shape.
-        q: variances, at least 0; float64, any shape. The result has its shape.
+        f: Maps a tensor of any shape to that shape.
+        q: Variances, at least 0; float64, any shape. The result has its shape.
     """
     z, w = (t.to(q.device) for t in normal_rule())
     return f(q.sqrt()[..., None] * z) @ w
@@ -92,10 +92,10 @@ def expect_pair(
     one of the variables is 0.
 
     Args:
-        f: maps two tensors of one shape to that shape, or to several such stacked in front.
+        f: Maps two tensors of one shape to that shape, or to several such stacked in front.
         q1, q2, c: float64, broadcast against each other; the result has their common shape.
-        radial: nodes and weights for r, where the pair is not Gaussian but has another isotropic law.
-        angles: nodes in a sector.
+        radial: Nodes and weights for r, where the pair is not Gaussian but has another isotropic law.
+        angles: Nodes in a sector.
     """
     q1, q2, c = broadcast(q1, q2, c)
     r, w = (t.to(c.device) for t in (radial or rayleigh_rule()))

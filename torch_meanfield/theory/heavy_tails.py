@@ -30,15 +30,15 @@ def heavy_tailed_(
 
     Args:
         weight: ``(out, in, ...)``.
-        alpha: in (0, 2], below which moments of the weights are infinite.
-        sigma_w: not negative.
-        generator: source of randomness.
+        alpha: In (0, 2], below which moments of the weights are infinite.
+        sigma_w: Not negative.
+        generator: Source of randomness.
 
     Returns:
         ``weight``, filled in place.
 
     Raises:
-        ValueError: alpha outside (0, 2], a negative scale, or a tensor with fewer than two dimensions.
+        ValueError: Alpha outside (0, 2], a negative scale, or a tensor with fewer than two dimensions.
 
     Source: Qu et al. 2022, section II; Chambers, Mallows, Stuck 1976 for the sampling.
 
@@ -70,14 +70,14 @@ def heavy_tailed_length_map(
     Args:
         activation: element-wise and bounded, or growing slower than its input (others have infinite moments).
         scale: :math:`\gamma`, not negative.
-        alpha: in (0, 2].
-        sigma_w, sigma_b: scales of weights (times :math:`(2n)^{1/\alpha}`) and biases (times :math:`2^{1/\alpha}`).
+        alpha: In (0, 2].
+        sigma_w, sigma_b: Scales of weights (times :math:`(2n)^{1/\alpha}`) and biases (times :math:`2^{1/\alpha}`).
 
     Returns:
         float64, of the common shape; differentiable.
 
     Raises:
-        ValueError: alpha outside (0, 2], a negative scale, an activation that is not element-wise.
+        ValueError: Alpha outside (0, 2], a negative scale, an activation that is not element-wise.
 
     Source: Qu et al. 2022, the mean-field equation of section II.
 
@@ -97,7 +97,7 @@ def heavy_tailed_length(activation: Activation, alpha: float, sigma_w: Number, s
     """The scale at which the map settles, from 1 on, in at most 1,000 layers; float64, of the deviations' common shape.
 
     Raises:
-        ValueError: as :func:`heavy_tailed_length_map`.
+        ValueError: As :func:`heavy_tailed_length_map`.
     """
     w, b = broadcast(double(sigma_w), double(sigma_b))
     gamma = torch.ones_like(w)

@@ -42,14 +42,14 @@ def delta_orthogonal_(weight: Tensor, gain: float = 1.0, generator: torch.Genera
     Args:
         weight: ``(out, in, *kernel)`` of a convolution with groups=1: at least as many channels out as in, a kernel of
             odd sizes.
-        gain: what lengths are multiplied with: ``critical(activation, sigma_b).sigma_w``.
-        generator: source of randomness.
+        gain: What lengths are multiplied with: ``critical(activation, sigma_b).sigma_w``.
+        generator: Source of randomness.
 
     Returns:
         ``weight``, filled in place.
 
     Raises:
-        ValueError: fewer channels out than in, an even kernel size (it has no middle), a tensor without kernel
+        ValueError: Fewer channels out than in, an even kernel size (it has no middle), a tensor without kernel
             dimensions, or a gain that is not positive. Nothing has changed then.
 
     Source: Xiao et al. 2018, Algorithm 1.
@@ -102,18 +102,18 @@ def critical_orthogonal_(
     longer: see :func:`jacobian_moments`.
 
     Args:
-        rnn: a vanilla ``nn.RNN`` (layers and directions each initialised so) or ``nn.RNNCell``.
+        rnn: A vanilla ``nn.RNN`` (layers and directions each initialised so) or ``nn.RNNCell``.
         input_scale: :math:`\sigma_u`.
         input_power: R, the mean square of an entry of the input; of later layers it is computed.
-        sigma_b: deviation of the biases.
-        generator: source of randomness.
+        sigma_b: Deviation of the biases.
+        generator: Source of randomness.
 
     Returns:
-        for each layer (and direction) sigma_w, the deviation of input and biases together, and q*.
+        For each layer (and direction) sigma_w, the deviation of input and biases together, and q*.
 
     Raises:
-        TypeError: gated cells (LSTM, GRU), whose critical points are others.
-        ValueError: a negative deviation or power, or a ReLU with any input: it has no edge of chaos with biases. All
+        TypeError: Gated cells (LSTM, GRU), whose critical points are others.
+        ValueError: A negative deviation or power, or a ReLU with any input: it has no edge of chaos with biases. All
             before anything has changed.
 
     Source: Chen, Pennington, Schoenholz 2018, section 3 (the vanilla network).
@@ -159,11 +159,11 @@ def edge_at(activation: Activation, q: Number) -> Critical:
     times a number of order 1 (tanh), see :func:`jacobian_moments`.
 
     Args:
-        activation: any element-wise callable.
-        q: the length, positive.
+        activation: Any element-wise callable.
+        q: The length, positive.
 
     Raises:
-        ValueError: a length that is not positive, one that no bias keeps (the activation would need a negative
+        ValueError: A length that is not positive, one that no bias keeps (the activation would need a negative
             variance), or an activation that is not element-wise.
 
     Source: Hayou et al. 2018, Algorithm 1; Pennington et al. 2017, section 2.4, for the choice of q.
@@ -199,14 +199,14 @@ def jacobian_moments(
     .. math:: m_1 = (\sigma_w^2 \mu_1)^L, \qquad \sigma^2 = m_1^2\, L \left(\frac{\mu_2}{\mu_1^2} - 1 + s\right)
 
     Args:
-        activation: any element-wise callable.
-        sigma_w: deviation of the weights (times the root of the width), or the gain of the orthogonal matrices.
-        q: variance of the pre-activations, the same in all layers (at the fixed point).
+        activation: Any element-wise callable.
+        sigma_w: Deviation of the weights (times the root of the width), or the gain of the orthogonal matrices.
+        q: Variance of the pre-activations, the same in all layers (at the fixed point).
         depth: L, the number of layers.
-        weights: their law.
+        weights: Their law.
 
     Raises:
-        ValueError: an unknown law, a depth below 1, a negative variance, an activation that is not element-wise.
+        ValueError: An unknown law, a depth below 1, a negative variance, an activation that is not element-wise.
 
     Source: Pennington, Schoenholz, Ganguli 2017, eq. (22).
 
@@ -232,8 +232,8 @@ def jacobian_spectrum(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
     """Singular values of the Jacobian of ``function`` at one input, in descending order.
 
     Args:
-        function: a network or part of one, without batch statistics.
-        x: one input, without a batch dimension unless ``function`` wants one of size 1.
+        function: A network or part of one, without batch statistics.
+        x: One input, without a batch dimension unless ``function`` wants one of size 1.
 
     Returns:
         ``(min(outputs, inputs),)``, in the dtype of ``x``. Memory: one number for each output and input.

@@ -39,7 +39,7 @@ class LangevinOptimizer(Optimizer):
         """As for any optimizer.
 
         Raises:
-            TypeError, ValueError: a setting that is no number or out of its range, before the group is added.
+            TypeError, ValueError: A setting that is no number or out of its range, before the group is added.
         """
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
@@ -75,7 +75,7 @@ class LangevinOptimizer(Optimizer):
         """Take up a state.
 
         Raises:
-            ValueError: a state of another optimizer, before anything is changed.
+            ValueError: A state of another optimizer, before anything is changed.
         """
         self._check_own(state_dict)
         super().load_state_dict({k: v for k, v in state_dict.items() if k in ("state", "param_groups")})
@@ -124,17 +124,17 @@ class MeanFieldLangevin(LangevinOptimizer):
     log-Sobolev constant of such Gibbs measures.
 
     Args:
-        params: parameters or groups of them, as for any optimizer.
-        lr: the time step :math:`\eta`, positive.
+        params: Parameters or groups of them, as for any optimizer.
+        lr: The time step :math:`\eta`, positive.
         temperature: T, at least 0; with :math:`T = \sigma^2 / 2` for noise of amplitude sigma.
         weight_decay: :math:`\lambda`, at least 0. It confines; without it (or an energy that confines) there is no
             minimiser.
         particles: n, by which gradients are multiplied: where the network is the *mean* of n units, the gradient of its
             loss by one of them is 1/n times that of the potential.
-        seed: of the noise, which has a generator of its own.
+        seed: Seed of the noise, which has a generator of its own.
 
     Raises:
-        TypeError, ValueError: a setting that is no number or out of its range.
+        TypeError, ValueError: A setting that is no number or out of its range.
 
     Example:
         >>> theta = torch.zeros(1000, requires_grad=True)  # a thousand particles; E = (mean - 1)^2 / 2
@@ -160,7 +160,7 @@ class MeanFieldLangevin(LangevinOptimizer):
         """One step; parameters without a gradient stay.
 
         Args:
-            closure: evaluates the model anew and returns the loss.
+            closure: Evaluates the model anew and returns the loss.
         """
         loss = None
         if closure is not None:

@@ -19,14 +19,14 @@ class LinearisedTraining:
     With a learning rate, t counts steps and :math:`e^{-K t/n}` becomes :math:`(I - \eta K / n)^t`.
 
     Args:
-        kernel: of the training samples, ``(n k, n k)``, as :func:`~torch_meanfield.theory.ntk.empirical_ntk` returns
-            it for k outputs.
-        outputs: of the network at the start, ``(n,)`` or ``(n, k)``.
-        targets: of the same shape.
-        learning_rate: of gradient descent; ``None``: the flow.
+        kernel: Kernel of the training samples, ``(n k, n k)``, as
+            :func:`~torch_meanfield.theory.ntk.empirical_ntk` returns it for k outputs.
+        outputs: Outputs of the network at the start, ``(n,)`` or ``(n, k)``.
+        targets: Targets of the same shape.
+        learning_rate: Learning rate of gradient descent; ``None``: the flow.
 
     Raises:
-        ValueError: shapes that do not fit, or a kernel that is not symmetric.
+        ValueError: Shapes that do not fit, or a kernel that is not symmetric.
 
     Source: Yang 2022, "Linear ODE with a solution"; Lee et al. 2019 (arXiv:1902.06720).
 
@@ -71,15 +71,15 @@ class LinearisedTraining:
         """The outputs on other samples.
 
         Args:
-            time: or the number of steps.
-            cross_kernel: of the other samples with the training samples, ``(m k, n k)``.
-            outputs: there at the start, ``(m,)`` or ``(m, k)``.
+            time: Or the number of steps.
+            cross_kernel: Kernel of the other samples with the training samples, ``(m k, n k)``.
+            outputs: There at the start, ``(m,)`` or ``(m, k)``.
 
         Returns:
             float64, shaped like ``outputs``.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: Shapes that do not fit.
         """
         expected = (outputs.numel(), len(self.eigenvalues))
         if cross_kernel.shape != expected:
@@ -111,7 +111,7 @@ def linear_rate_bound(times: Tensor, *, loss: float, width: int, smallest_eigenv
     :math:`\lambda_S = \lambda_{\min}(K^{(a)})`, with high probability once N is large.
 
     Args:
-        times: any shape.
+        times: Any shape.
         loss: :math:`R_S(\theta(0))`.
         width: N.
         smallest_eigenvalue: :math:`\lambda_S`, of :func:`~torch_meanfield.theory.arc_cosine.outer_kernel`.
@@ -121,7 +121,7 @@ def linear_rate_bound(times: Tensor, *, loss: float, width: int, smallest_eigenv
         float64, of the shape of ``times``.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: A number out of its range.
 
     Source: Yang 2022, theorem "Linear convergence rate" (arXiv:2106.06682).
     """

@@ -42,7 +42,7 @@ def kl_proximal_step(
         ``(n,)``, of sum 1; the arguments are left as they are.
 
     Raises:
-        ValueError: shapes that do not fit, weights that are not positive, a number out of its range.
+        ValueError: Shapes that do not fit, weights that are not positive, a number out of its range.
 
     Source: Rotskoff 2020, (36) and "closely related to mirror descent"; Beck and Teboulle 2003 for the rate.
 
@@ -79,14 +79,14 @@ def wfr_step(
         weights: ``(n,)``, positive, of sum 1.
         potential: ``potential(at, positions, weights)`` is V(at, mu) at places ``(m, d)``, ``(m,)``, for the mu of
             these particles; differentiable in ``at``.
-        step: dt, positive.
-        alpha: at least 0; 0: transport alone.
+        step: Dt, positive.
+        alpha: At least 0; 0: transport alone.
 
     Returns:
-        new positions and weights.
+        New positions and weights.
 
     Raises:
-        ValueError: a number out of its range, or as :func:`kl_proximal_step`.
+        ValueError: A number out of its range, or as :func:`kl_proximal_step`.
 
     Source: Rotskoff 2020, (34), (36), "splitting scheme".
     """
@@ -118,18 +118,18 @@ def implicit_euler_step(
     found by L-BFGS with a line search. The coupling that keeps each particle's identity is optimal for small steps.
 
     Args:
-        energy: maps ``(n, d)`` to a scalar, the energy of the measure with weights 1/n.
+        energy: Maps ``(n, d)`` to a scalar, the energy of the measure with weights 1/n.
         positions: ``(n, d)``.
         step: tau, positive.
-        tolerance: on the largest entry of the proximal objective's gradient, times n.
-        iterations: at most so many of L-BFGS.
+        tolerance: On the largest entry of the proximal objective's gradient, times n.
+        iterations: At most so many of L-BFGS.
 
     Returns:
-        new positions.
+        New positions.
 
     Raises:
-        ValueError: a number out of its range.
-        RuntimeError: the tolerance was not met.
+        ValueError: A number out of its range.
+        RuntimeError: The tolerance was not met.
 
     Source: Rotskoff 2020, (16); Jordan, Kinderlehrer, Otto 1998.
     """

@@ -40,14 +40,14 @@ def empirical_ntk(
     that ``torch.func.vmap`` accepts.
 
     Args:
-        model: a module that maps a batch ``(B, ...)`` to outputs ``(B, k)`` or ``(B, ...)``, of which k are then
+        model: A module that maps a batch ``(B, ...)`` to outputs ``(B, k)`` or ``(B, ...)``, of which k are then
             counted flat. For a network of 1,000 classes wrap it, so that it returns fewer: memory and time grow with
             k.
-        x: a batch, ``(B, ...)``, on the model's device.
-        y: another batch ``(B', ...)``; ``None``: the kernel of ``x`` with itself.
-        block_size: samples treated at a time; ``None``: as many as fit. Fewer cost time, as each pair of blocks is
+        x: A batch, ``(B, ...)``, on the model's device.
+        y: Another batch ``(B', ...)``; ``None``: the kernel of ``x`` with itself.
+        block_size: Samples treated at a time; ``None``: as many as fit. Fewer cost time, as each pair of blocks is
             visited, and change nothing in the result but its rounding.
-        max_bytes: a bound for what is allocated besides the model: activations, gradients, work space and the kernel.
+        max_bytes: A bound for what is allocated besides the model: activations, gradients, work space and the kernel.
         reduce: ``"trace"``: sum over k = k', which leaves one number for each pair of samples.
 
     Returns:
@@ -55,7 +55,7 @@ def empirical_ntk(
 
     Raises:
         TypeError: ``model`` is no module, or ``x`` no tensor.
-        ValueError: nothing to differentiate, parameters on several devices, an empty batch, samples that interact
+        ValueError: Nothing to differentiate, parameters on several devices, an empty batch, samples that interact
             (batch norm without running statistics), an argument out of range; memory that would be exceeded, which is
             said before the work, with the block size that fits.
 

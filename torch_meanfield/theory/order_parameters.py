@@ -37,7 +37,7 @@ class Overlaps:
         """The overlaps of weights ``(p, d)`` and ``(k, d)``.
 
         Raises:
-            ValueError: weights that are no matrices of one width.
+            ValueError: Weights that are no matrices of one width.
         """
         if student.dim() != 2 or teacher.dim() != 2 or student.shape[1] != teacher.shape[1]:
             raise ValueError(
@@ -80,12 +80,12 @@ def sgd_velocity(overlaps: Overlaps, *, rate: float, noise: float = 0.0) -> tupl
     the learning rate enters as :math:`\gamma/p` is why width and a small learning rate do the same.
 
     Args:
-        overlaps: of the weights.
+        overlaps: Overlaps of the weights.
         rate: :math:`\gamma / p`, the learning rate over the width.
         noise: :math:`\Delta`.
 
     Returns:
-        the derivatives of ``q`` and ``m``, shaped like them.
+        The derivatives of ``q`` and ``m``, shaped like them.
 
     Source: arXiv:2202.00293; Saad and Solla 1995 for the averages.
     """
@@ -106,18 +106,18 @@ def integrate_sgd(overlaps: Overlaps, *, rate: float, duration: float, steps: in
     r"""Overlaps over time, by the classical Runge-Kutta method.
 
     Args:
-        overlaps: at the start.
-        rate: learning rate over width, at least 0; 0 is the flow of the population risk.
-        duration: in :math:`\tau` = SGD steps x learning rate / (p d).
-        steps: of the integration.
-        noise: variance of the label noise, at least 0.
+        overlaps: At the start.
+        rate: Learning rate over width, at least 0; 0 is the flow of the population risk.
+        duration: In :math:`\tau` = SGD steps x learning rate / (p d).
+        steps: Steps of the integration.
+        noise: Variance of the label noise, at least 0.
 
     Returns:
-        overlaps of shape ``(steps + 1, ...)``.
+        Overlaps of shape ``(steps + 1, ...)``.
 
     Raises:
-        ValueError: a number out of its range, or overlaps of no weights (a covariance that is not positive).
-        RuntimeError: the overlaps grow without bound: the learning rate is beyond stability, or ``steps`` too few.
+        ValueError: A number out of its range, or overlaps of no weights (a covariance that is not positive).
+        RuntimeError: The overlaps grow without bound: the learning rate is beyond stability, or ``steps`` too few.
 
     Source: arXiv:2202.00293, the deterministic limit of high dimension.
     """

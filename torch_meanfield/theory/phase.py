@@ -28,11 +28,11 @@ class Phase:
     r"""What the signal maps do in the limit of depth. All float64, of the common shape of the settings.
 
     Attributes:
-        q_star: fixed point of the length map; ``inf`` if lengths grow without bound, 0 if they vanish.
-        c_star: stable fixed point of the correlation map; 1 in the ordered phase.
+        q_star: Fixed point of the length map; ``inf`` if lengths grow without bound, 0 if they vanish.
+        c_star: Stable fixed point of the correlation map; 1 in the ordered phase.
         chi_1: :math:`\sigma_w^2 E[\phi'(\sqrt{q^*} z)^2]`: slope of the correlation map at c = 1, and what a layer
             multiplies squared gradient norms with.
-        xi_q, xi_c: depths (in layers) over which lengths and correlations approach their fixed points,
+        xi_q, xi_c: Depths (in layers) over which lengths and correlations approach their fixed points,
             :math:`|q^l - q^*| \sim e^{-l / \xi_q}`; ``inf`` where the approach is not exponential.
     """
 
@@ -67,17 +67,17 @@ def phase(activation: Activation, sigma_w: Number, sigma_b: Number = 0.0, *, q: 
               \xi_q^{-1} = -\log \mathcal V'(q^*)
 
     Args:
-        activation: any element-wise callable.
-        sigma_w, sigma_b: standard deviations of weights (times the root of the width) and biases; they broadcast, so
+        activation: Any element-wise callable.
+        sigma_w, sigma_b: Standard deviations of weights (times the root of the width) and biases; they broadcast, so
             that ``phase(torch.tanh, w[:, None], b)`` is a phase diagram.
-        q: the length from which the recurrence starts. It matters where there are several fixed points, or (ReLU at
+        q: The length from which the recurrence starts. It matters where there are several fixed points, or (ReLU at
             its critical point) any length is one.
 
     Returns:
-        see :class:`Phase`; not differentiable.
+        See :class:`Phase`; not differentiable.
 
     Raises:
-        ValueError: a negative deviation or length, or an activation that is not element-wise.
+        ValueError: A negative deviation or length, or an activation that is not element-wise.
 
     Source: Schoenholz et al. 2017, eqs. (8), (9); :math:`\mathcal V'` is taken as
         :math:`\sigma_w^2 E[\phi \phi' z] / \sqrt{q}`, which needs no second derivative.
@@ -104,12 +104,12 @@ def critical(activation: Activation, sigma_b: Number = 0.0, *, q: float = 1.0) -
     .. math:: q - \frac{E[\phi(\sqrt q z)^2]}{E[\phi'(\sqrt q z)^2]} = \sigma_b^2.
 
     Args:
-        activation: any element-wise callable.
-        sigma_b: standard deviation of the biases, one number; the result is differentiable in it.
-        q: the length to answer with where every length is kept (ReLU).
+        activation: Any element-wise callable.
+        sigma_b: Standard deviation of the biases, one number; the result is differentiable in it.
+        q: The length to answer with where every length is kept (ReLU).
 
     Raises:
-        ValueError: a negative deviation, an activation that is not element-wise, or one without an edge of chaos at
+        ValueError: A negative deviation, an activation that is not element-wise, or one without an edge of chaos at
             this ``sigma_b`` (a ReLU has one at 0 only).
 
     The length found is a fixed point, not always a stable one: a GELU network leaves it, downwards or upwards, since

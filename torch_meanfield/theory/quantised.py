@@ -23,9 +23,9 @@ class QuantisedEdge(NamedTuple):
     """The initialisation that carries signals deepest, for pre-activations of variance 1.
 
     Attributes:
-        step: distance between levels.
-        sigma_w: deviation of the weights (times the root of the width) that keeps the variance at 1.
-        depth_scale: xi, in layers.
+        step: Distance between levels.
+        sigma_w: Deviation of the weights (times the root of the width) that keeps the variance at 1.
+        depth_scale: Xi, in layers.
     """
 
     step: float
@@ -41,10 +41,10 @@ class Quantised(nn.Module):
 
     Args:
         levels: N, at least 2 (2: sign times half a step).
-        step: distance between levels, positive.
+        step: Distance between levels, positive.
 
     Raises:
-        ValueError: fewer than two levels, or a step that is not positive.
+        ValueError: Fewer than two levels, or a step that is not positive.
 
     Source: Blumenfeld et al. 2019, eq. (3); Hubara et al. 2017 for the estimator.
 
@@ -89,7 +89,7 @@ def quantised_moments(levels: int, step: float) -> tuple[float, float]:
     With jumps at :math:`t_i`, :math:`E[z\phi] = \sum_i \text{step}\; n(t_i)`, n the normal density.
 
     Raises:
-        ValueError: fewer than two levels, or a step that is not positive.
+        ValueError: Fewer than two levels, or a step that is not positive.
 
     Example:
         >>> [round(v, 4) for v in quantised_moments(2, 2.0)]  # sign: 1 and sqrt(2 / pi)
@@ -111,10 +111,10 @@ def quantised_depth_scale(levels: int, step: float) -> float:
 
     Args:
         levels: N.
-        step: distance between levels, in deviations of the pre-activations.
+        step: Distance between levels, in deviations of the pre-activations.
 
     Raises:
-        ValueError: fewer than two levels, or a step that is not positive.
+        ValueError: Fewer than two levels, or a step that is not positive.
 
     Source: Blumenfeld et al. 2019, section 4: the slope of the correlation map at its fixed point 0.
 
@@ -134,7 +134,7 @@ def quantised_edge(levels: int) -> QuantisedEdge:
         levels: N, at least 2. At 2 every step is as good, and 1 is returned.
 
     Raises:
-        ValueError: fewer than two levels.
+        ValueError: Fewer than two levels.
 
     Source: Blumenfeld et al. 2019, section 5.2; the depth grows as N^1.82.
 

@@ -27,9 +27,9 @@ class ResidualPropagation:
     """Predicted lengths, correlations and gradients along a residual stack; float64 ``(n + 1,)`` each.
 
     Attributes:
-        p: mean square of the entries of X^l, from X^0 on.
-        c: correlation of X^l for two inputs.
-        gradient: squared norm of the loss's gradient at X^l over that at X^n; its last entry is 1.
+        p: Mean square of the entries of X^l, from X^0 on.
+        c: Correlation of X^l for two inputs.
+        gradient: Squared norm of the loss's gradient at X^l over that at X^n; its last entry is 1.
     """
 
     p: Tensor
@@ -61,15 +61,15 @@ def residual_propagation(
     exponentially; with steps of 1 / n both stay where they were.
 
     Args:
-        activation: any element-wise callable.
-        steps: the n step sizes, not negative, such as ``layer.steps()`` of a
+        activation: Any element-wise callable.
+        steps: The n step sizes, not negative, such as ``layer.steps()`` of a
             :class:`~torch_meanfield.MeanFieldSequential`.
-        sigma_w, sigma_b: standard deviations of W (times the root of its inputs) and b.
-        sigma_v, sigma_a: the same of V and a.
-        p, c: mean square of the entries of X^0 and its correlation for two inputs.
+        sigma_w, sigma_b: Standard deviations of W (times the root of its inputs) and b.
+        sigma_v, sigma_a: The same of V and a.
+        p, c: Mean square of the entries of X^0 and its correlation for two inputs.
 
     Raises:
-        ValueError: a negative step, variance or deviation, or an activation that is not element-wise.
+        ValueError: A negative step, variance or deviation, or an activation that is not element-wise.
 
     Source: Yang and Schoenholz 2017, Theorems 5, 6 and 12.
 
@@ -118,16 +118,16 @@ def normalized_residual_propagation(
     power of the depth, where the same layers without the identity path grow exponentially.
 
     Args:
-        activation: any element-wise callable.
-        steps: the n step sizes, not negative.
+        activation: Any element-wise callable.
+        steps: The n step sizes, not negative.
         layers: k, the number of (BN, phi, W) in a branch, at least 1.
         variance: :math:`\sigma_W^2`, by which the last layer multiplies the mean square of what it reads: fan-in times
             the variance of its weights; 2 for square layers after He et al. 2015.
         gain: :math:`\sigma_W'^2`, the same going backwards: fan-out times the variance of the weights.
-        p, c: mean square and correlation of the entries of X^0.
+        p, c: Mean square and correlation of the entries of X^0.
 
     Raises:
-        ValueError: a negative step or variance, no layers, or an activation that is not element-wise.
+        ValueError: A negative step or variance, no layers, or an activation that is not element-wise.
 
     Source: Yang et al. 2019, section 3 with Appendix on residual networks; Yang and Schoenholz 2017 for the recurrence.
     """

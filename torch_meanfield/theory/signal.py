@@ -40,16 +40,16 @@ def length_map(activation: Activation, q: Number, sigma_w: Number, sigma_b: Numb
     .. math:: \mathcal V(q) = \sigma_w^2\, E\left[\phi(\sqrt q\, z)^2\right] + \sigma_b^2
 
     Args:
-        activation: any element-wise callable.
-        q: variances, at least 0.
-        sigma_w, sigma_b: standard deviations, at least 0; all broadcast against each other.
+        activation: Any element-wise callable.
+        q: Variances, at least 0.
+        sigma_w, sigma_b: Standard deviations, at least 0; all broadcast against each other.
 
     Returns:
         float64, of the common shape; differentiable in ``q``, ``sigma_w`` and ``sigma_b``.
 
     Raises:
-        ValueError: a negative variance or deviation, or an activation that is not element-wise.
-        TypeError: an activation that is no callable on float64 tensors.
+        ValueError: A negative variance or deviation, or an activation that is not element-wise.
+        TypeError: An activation that is no callable on float64 tensors.
 
     Source: Poole et al. 2016, eq. (3).
 
@@ -74,17 +74,17 @@ def correlation_map(
     map the denominator is :math:`q^*`.
 
     Args:
-        activation: any element-wise callable.
-        c: correlations in [-1, 1].
-        sigma_w, sigma_b: standard deviations.
-        q: variance of the first input's pre-activations, and of the second's unless ``q2`` gives that.
-        q2: variance of the second input's.
+        activation: Any element-wise callable.
+        c: Correlations in [-1, 1].
+        sigma_w, sigma_b: Standard deviations.
+        q: Variance of the first input's pre-activations, and of the second's unless ``q2`` gives that.
+        q2: Variance of the second input's.
 
     Returns:
         float64, of the common shape, differentiable; 0 / 0 (no length at all) is ``nan``.
 
     Raises:
-        ValueError: as :func:`length_map`, or a correlation outside [-1, 1].
+        ValueError: As :func:`length_map`, or a correlation outside [-1, 1].
 
     Source: Poole et al. 2016, eq. (5).
 
@@ -112,15 +112,15 @@ def propagate(
     """Lengths and correlations of two inputs of equal length through ``depth`` layers.
 
     Args:
-        activation: any element-wise callable.
-        depth: number of applications of the maps, at least 0.
-        sigma_w, sigma_b: standard deviations.
-        q: variance of the first pre-activations. For inputs x of size d behind a first layer of the same law it is
+        activation: Any element-wise callable.
+        depth: Number of applications of the maps, at least 0.
+        sigma_w, sigma_b: Standard deviations.
+        q: Variance of the first pre-activations. For inputs x of size d behind a first layer of the same law it is
             ``sigma_w**2 * x.square().mean() + sigma_b**2``.
-        c: correlation of the first pre-activations.
+        c: Correlation of the first pre-activations.
 
     Raises:
-        ValueError: as :func:`correlation_map`, or a negative depth.
+        ValueError: As :func:`correlation_map`, or a negative depth.
 
     Source: Poole et al. 2016, eqs. (3) and (5), iterated.
 

@@ -21,15 +21,15 @@ class Routes:
     """By which route each parameter's part of the kernel is computed, and what a sample costs in bytes.
 
     Attributes:
-        factored: weights whose Jacobian stays in factors, and the groups of the convolution (else 1).
-        dense: biases and scales, whose Jacobian is as small as they are.
-        functional: what is left to ``torch.func``, in groups of parameters that are asked for together.
+        factored: Weights whose Jacobian stays in factors, and the groups of the convolution (else 1).
+        dense: Biases and scales, whose Jacobian is as small as they are.
+        functional: What is left to ``torch.func``, in groups of parameters that are asked for together.
         outputs: k, of the model.
-        rows: rows of the kernel for each sample: k, or 1 if the trace is taken.
-        graph: what autograd keeps for one sample.
-        held: what a block keeps for one sample: inputs and gradients of each use.
-        transient: the most that a single parameter's Jacobian needs for one sample while it is added.
-        channel: the most that one output channel's written-out Jacobian needs for one sample.
+        rows: Rows of the kernel for each sample: k, or 1 if the trace is taken.
+        graph: What autograd keeps for one sample.
+        held: What a block keeps for one sample: inputs and gradients of each use.
+        transient: The most that a single parameter's Jacobian needs for one sample while it is added.
+        channel: The most that one output channel's written-out Jacobian needs for one sample.
     """
 
     factored: dict[str, int]
@@ -56,7 +56,7 @@ class Routes:
         """The largest block that fits, or ``wanted`` if it does.
 
         Raises:
-            ValueError: it does not fit; with the block size that does.
+            ValueError: It does not fit; with the block size that does.
         """
         largest = max(counts[0], counts[1] or 0)
         low, high = 0, largest  # the largest that fits lies in [low, high]; memory grows with the size
@@ -93,7 +93,7 @@ def routes(model: nn.Module, pair: Tensor, *, trace: bool) -> Routes:
     dimension) it is left to ``torch.func``.
 
     Raises:
-        ValueError: the samples interact, or the output carries no gradient.
+        ValueError: The samples interact, or the output carries no gradient.
     """
     parameters = trained(model)
     names = {id(p): name for name, p in parameters.items()}

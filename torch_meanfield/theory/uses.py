@@ -27,15 +27,15 @@ class Use:
 
     Attributes:
         kind: ``"linear"``, ``"conv"`` or ``"scale"`` (the affine part of a normalisation).
-        weight, bias: the parameters by name; ``None`` where there is none or it is not trained.
-        edge: the place of the call's result in the graph.
-        shape: of the call's result, ``(B, ...)``.
-        channel: the dimension of the result that a bias runs along.
-        inputs: what the weight is multiplied with: ``(B, ..., n)``, ``(B, n, H, W)`` or, for ``"scale"``, of the
+        weight, bias: The parameters by name; ``None`` where there is none or it is not trained.
+        edge: The place of the call's result in the graph.
+        shape: Shape of the call's result, ``(B, ...)``.
+        channel: The dimension of the result that a bias runs along.
+        inputs: What the weight is multiplied with: ``(B, ..., n)``, ``(B, n, H, W)`` or, for ``"scale"``, of the
             result's shape.
-        unfold: for a convolution, the arguments of ``torch.nn.functional.unfold``.
-        groups: of a convolution.
-        deltas: the gradients of the outputs by the call's result, ``(B, k, *result.shape[1:])``.
+        unfold: For a convolution, the arguments of ``torch.nn.functional.unfold``.
+        groups: Number of groups of a convolution.
+        deltas: The gradients of the outputs by the call's result, ``(B, k, *result.shape[1:])``.
     """
 
     kind: str
@@ -86,12 +86,12 @@ def observe(model: Callable[[Tensor], Tensor], x: Tensor, names: dict[int, str])
     """Run the model and note how it uses its trained parameters.
 
     Args:
-        model: what is called with ``x``.
-        x: a batch, ``(B, ...)``.
-        names: the names of the trained parameters by ``id``.
+        model: What is called with ``x``.
+        x: A batch, ``(B, ...)``.
+        names: The names of the trained parameters by ``id``.
 
     Returns:
-        the output; the uses that are understood; the names of the parameters that have another use besides.
+        The output; the uses that are understood; the names of the parameters that have another use besides.
     """
     uses: list[Use] = []
     others: set[str] = set()

@@ -29,18 +29,18 @@ def weight_norm_(
     the depth.
 
     Args:
-        layer: normalised by ``torch.nn.utils.parametrizations.weight_norm`` or the older one of ``torch.nn.utils``,
+        layer: Normalised by ``torch.nn.utils.parametrizations.weight_norm`` or the older one of ``torch.nn.utils``,
             over output units (``dim=0``).
-        gain: as above, positive.
-        blocks: number of residual branches in the stage.
-        generator: source of randomness.
+        gain: As above, positive.
+        blocks: Number of residual branches in the stage.
+        generator: Source of randomness.
 
     Returns:
         ``layer``, initialised in place.
 
     Raises:
-        TypeError: the layer is not weight-normalised.
-        ValueError: gains that are not one for each output unit, a gain or number that is not positive.
+        TypeError: The layer is not weight-normalised.
+        ValueError: Gains that are not one for each output unit, a gain or number that is not positive.
 
     Source: Arpit et al. 2019, eqs. (5) and (8); there g is :math:`\sqrt{2 n_{l-1} / n_l}`.
 

@@ -31,10 +31,10 @@ def kernel_of(model: nn.Module, x: Tensor, output: Tensor, max_bytes: int) -> Ke
     """Its eigenvalues; or, where the model has none or memory is short, the reason.
 
     Args:
-        model: in any mode.
-        x: the inputs.
-        output: what the model gave, ``(B, ...)``: its size, dtype and device are those of the direction.
-        max_bytes: see :func:`.empirical_ntk`.
+        model: In any mode.
+        x: The inputs.
+        output: What the model gave, ``(B, ...)``: its size, dtype and device are those of the direction.
+        max_bytes: See :func:`.empirical_ntk`.
     """
     direction = torch.randn(output[0].numel(), generator=torch.Generator().manual_seed(0), device="cpu").to(output)
     empty = torch.empty(0, dtype=torch.float64)

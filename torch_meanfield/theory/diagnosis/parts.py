@@ -14,23 +14,23 @@ class Layer:
     """One call of one layer with weights, or one sum of a skip connection. ``nan``: does not apply, or is not known.
 
     Attributes:
-        name: the module's, ``[k]`` behind it from its second call on, ``+`` behind it for the sum after it.
-        kind: its class, or ``"skip"`` for a sum: a point of the residual stream.
-        q: mean square of its outputs.
-        correlation: mean over pairs of inputs of the product of their outputs, over their mean square.
-        gradient: norm of the loss's gradient by its outputs, the whole batch's.
-        weight_gradient: norm of the loss's gradient by its parameters.
-        activation: name of the activation behind it, ``""`` if none was seen before the next layer.
-        norm: name of the normalisation between, or ``""``.
-        dead: share of the units behind that activation with one and the same output for every input and position.
-        chi: predicted factor on squared gradient norms, going back through one such layer and what follows it, in a
+        name: The module's, ``[k]`` behind it from its second call on, ``+`` behind it for the sum after it.
+        kind: Its class, or ``"skip"`` for a sum: a point of the residual stream.
+        q: Mean square of its outputs.
+        correlation: Mean over pairs of inputs of the product of their outputs, over their mean square.
+        gradient: Norm of the loss's gradient by its outputs, the whole batch's.
+        weight_gradient: Norm of the loss's gradient by its parameters.
+        activation: Name of the activation behind it, ``""`` if none was seen before the next layer.
+        norm: Name of the normalisation between, or ``""``.
+        dead: Share of the units behind that activation with one and the same output for every input and position.
+        chi: Predicted factor on squared gradient norms, going back through one such layer and what follows it, in a
             stack of such layers without skip connections.
-        depth_scale: predicted depth, in such layers, over which squared gradients, or (without normalisation)
+        depth_scale: Predicted depth, in such layers, over which squared gradients, or (without normalisation)
             correlations, change by a factor e: whichever is less.
-        critical_gain: by what to multiply the weights to bring chi to 1; ``nan`` behind normalisation.
-        potential_spread: deviation of the potentials of the units the layer reads, times their number, in units of the
+        critical_gain: Factor on the weights that brings chi to 1; ``nan`` behind normalisation.
+        potential_spread: Deviation of the potentials of the units the layer reads, times their number, in units of the
             loss; ``nan`` where units are not single input channels.
-        potential_extreme: the potential furthest from their mean, in deviations.
+        potential_extreme: The potential furthest from their mean, in deviations.
     """
 
     name: str
@@ -63,9 +63,9 @@ class Kernel:
     """The tangent kernel on part of the batch, of the outputs along one random direction, in ``eval()`` mode.
 
     Attributes:
-        samples: on how many inputs.
-        eigenvalues: ascending, float64 ``(samples,)``; empty if it was not computed.
-        skipped: why it was not computed, or ``""``.
+        samples: Number of inputs.
+        eigenvalues: Ascending, float64 ``(samples,)``; empty if it was not computed.
+        skipped: Why it was not computed, or ``""``.
     """
 
     samples: int

@@ -25,14 +25,14 @@ class Trace:
     """What was seen of one call of a layer.
 
     Attributes:
-        name, module: the layer; of a skip connection's sum, the layer before it.
-        skip: it is such a sum, a point of the residual stream.
-        output: statistics of its output: mean square, and mean product of two inputs' over it (0-d tensors).
-        gradient: squared norm of the gradient by its output, once the backward pass has come by.
-        norm, activation: names of what followed before the next layer.
-        function: that activation as a callable of one tensor.
-        read: mean square of what the activation read.
-        dead: share of its units whose output is the same everywhere.
+        name, module: The layer; of a skip connection's sum, the layer before it.
+        skip: It is such a sum, a point of the residual stream.
+        output: Statistics of its output: mean square, and mean product of two inputs' over it (0-d tensors).
+        gradient: Squared norm of the gradient by its output, once the backward pass has come by.
+        norm, activation: Names of what followed before the next layer.
+        function: That activation as a callable of one tensor.
+        read: Mean square of what the activation read.
+        dead: Share of its units whose output is the same everywhere.
     """
 
     name: str

@@ -18,14 +18,14 @@ class Diagnosis:
     """Result of :func:`diagnose`. Printing it gives the table and the findings; :meth:`plot` draws it.
 
     Attributes:
-        model: the class of the model.
-        batch: number of inputs.
-        loss: the loss's value, and ``loss_name`` what it was.
+        model: The class of the model.
+        batch: Number of inputs.
+        loss: The loss's value, and ``loss_name`` what it was.
         loss_name: ``"cross entropy"``, ``"squared error"``, ``"random linear functional"`` or ``"given loss"``.
-        layers: in the order of execution.
-        particles: the mean-field stacks.
-        kernel: the tangent kernel.
-        findings: what stands out, the worst first; empty if nothing does.
+        layers: In the order of execution.
+        particles: The mean-field stacks.
+        kernel: The tangent kernel.
+        findings: What stands out, the worst first; empty if nothing does.
     """
 
     model: str
@@ -57,10 +57,10 @@ class Diagnosis:
         """The layers' lengths, correlations, gradients and dead units, and the kernel's spectrum, as one figure.
 
         Returns:
-            a figure bound to no window; ``figure.savefig(path)`` writes it.
+            A figure bound to no window; ``figure.savefig(path)`` writes it.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: Matplotlib is not installed.
         """
         from torch_meanfield.theory.diagnosis.plot import draw
 

@@ -42,19 +42,19 @@ def diagnose(
     the process) its random state.
 
     Args:
-        model: any module that is called with one tensor.
-        batch: its input, the first dimension the batch's, or a pair of input and target as a ``DataLoader`` gives it.
-        loss: maps the model's output to a scalar. Without it: cross entropy for integer targets, mean squared error
+        model: Any module that is called with one tensor.
+        batch: Its input, the first dimension the batch's, or a pair of input and target as a ``DataLoader`` gives it.
+        loss: Maps the model's output to a scalar. Without it: cross entropy for integer targets, mean squared error
             for floating-point ones, and a fixed random linear functional of the output where there is no target.
-        kernel_samples: number of inputs for the tangent kernel; 0 leaves it out.
-        kernel_bytes: memory it may take.
+        kernel_samples: Number of inputs for the tangent kernel; 0 leaves it out.
+        kernel_bytes: Memory it may take.
 
     Returns:
-        prints as a table; ``.plot()`` draws it.
+        Prints as a table; ``.plot()`` draws it.
 
     Raises:
         TypeError: ``model`` is no module, or ``batch`` neither a tensor nor a pair of tensors.
-        ValueError: a batch of fewer than two inputs, parameters on several devices or on another one than the batch, no
+        ValueError: A batch of fewer than two inputs, parameters on several devices or on another one than the batch, no
             layer with weights, no parameter that requires a gradient, a model that cannot be copied.
 
     Source: Schoenholz et al. 2017; Yang et al. 2019; Lu et al. 2020; Rotskoff et al. 2019; Jacot et al. 2018.
