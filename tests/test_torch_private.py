@@ -158,3 +158,49 @@ def test_fused_optimizers_step_under_amp():
     parameters = [torch.zeros(1, requires_grad=True)]
     assert not _torch.steps_under_amp(SGD(parameters, 0.1))
     assert _torch.steps_under_amp(Adam(parameters, fused=True))
+
+
+def test_a_compiled_module_is_held_under_its_name_and_versions_are_told():
+    state = nn.Sequential(torch.compile(nn.BatchNorm1d(2), backend="eager")).state_dict()
+    assert f"0.{_torch.COMPILED}.weight" in state
+    assert _torch.module_versions(state)[f"0.{_torch.COMPILED}"] == {"version": 2}
+    assert _torch.module_versions({}) == {}
+
+
+def test_what_is_asked_of_a_lightning_trainer(tmp_path):
+    pytorch = pytest.importorskip("lightning.pytorch")
+    seen = {}
+
+    class Task(pytorch.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            loss = self.layer(batch).square().mean()
+            self.log("loss", loss, on_epoch=True)
+            return loss
+
+        def configure_optimizers(self):
+            return SGD(self.parameters(), 0.1)
+
+        def on_train_batch_end(self, *args):
+            seen["logged"] = {key: value.value.clone() for key, value in _torch.logged_values(self.trainer).items()}
+            seen["fetched"] = _torch.fetcher_of(self.trainer).fetched
+            seen["batches"] = len(_torch.training_loader(self.trainer))
+
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pytorch.Trainer(max_epochs=1, enable_model_summary=False, default_root_dir=tmp_path, **options)
+    loader = torch.utils.data.DataLoader(torch.randn(6, 2), batch_size=2)
+    trainer.fit(Task(), loader)
+    assert list(seen["logged"]) == ["training_step.loss"]
+    assert seen["fetched"] == seen["batches"] == 3
+
+    loop = trainer.fit_loop
+    assert loop._combined_loader_states_to_load == [] and not _torch.load_loader_states(trainer)
+    loop._resuming_from_checkpoint = True
+    _torch.forget_resuming(trainer)
+    assert loop._resuming_from_checkpoint is False
+    stepped, loop.epoch_loop.val_loop._has_run = loop.epoch_loop._batches_that_stepped, False
+    _torch.end_epoch_without_validation(trainer)  # there is no validation
+    assert loop.epoch_loop._batches_that_stepped == stepped + 1 and loop.epoch_loop.val_loop._has_run

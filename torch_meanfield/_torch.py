@@ -1,7 +1,8 @@
-"""Every private name of torch that the package uses, one small function each; nothing private stands anywhere else.
+"""Every private name of torch and Lightning that the package uses, one small function each; there are none elsewhere.
 
-Tried with torch 2.6.0 (the oldest that is supported) and 2.14.1; ``tests/test_torch_private.py`` calls each
-function once, so that a torch in which one of these names changes fails there first and by name.
+Tried with torch 2.6.0 (the oldest that is supported) and 2.14.1, and with Lightning 2.6.6;
+``tests/test_torch_private.py`` calls each function once, so that a version in which one of these names changes fails
+there first and by name.
 """
 
 from __future__ import annotations
@@ -177,3 +178,60 @@ def steps_under_amp(optimizer: Optimizer) -> bool:
     Wraps ``Optimizer._step_supports_amp_scaling``.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+# -- state dicts and compiled submodules -------------------------------------------------------------------------
+
+COMPILED = "_orig_mod"  # the name under which torch.compile(module) holds the module
+
+
+def module_versions(state: Any) -> dict[str, Any]:
+    """The versions of the modules that a state dict was made by, by name. Wraps the attribute ``_metadata`` of it."""
+    return cast("dict[str, Any]", getattr(state, "_metadata", {}))
+
+
+# -- Lightning (2.6): attributes of a Trainer that it is given; nothing is imported --------------------------------
+
+
+def fetcher_of(trainer: Any) -> Any:
+    """The iterator that hands the batches of a training to its loop. Wraps ``_FitLoop._data_fetcher``."""
+    return trainer.fit_loop._data_fetcher
+
+
+def training_loader(trainer: Any) -> Any:
+    """The ``CombinedLoader`` of a training. Wraps ``_FitLoop._combined_loader``."""
+    return trainer.fit_loop._combined_loader
+
+
+def load_loader_states(trainer: Any) -> bool:
+    """Give the training loaders their states in the checkpoint; whether Lightning had not done so before.
+
+    Wraps ``_FitLoop._combined_loader_states_to_load`` and ``_FitLoop._load_combined_loader_states``.
+    """
+    waiting = bool(trainer.fit_loop._combined_loader_states_to_load)
+    trainer.fit_loop._load_combined_loader_states()
+    return waiting
+
+
+def forget_resuming(trainer: Any) -> None:
+    """Let the loaders be asked for batches after the first hooks of the epoch, as in one that was not resumed.
+
+    Wraps ``_FitLoop._resuming_from_checkpoint``.
+    """
+    trainer.fit_loop._resuming_from_checkpoint = False
+
+
+def end_epoch_without_validation(trainer: Any) -> None:
+    """Let an epoch that has no batch left be over, unless it ends with a validation.
+
+    Wraps ``_TrainingEpochLoop._should_check_val_fx`` and ``_batches_that_stepped``, and ``_EvaluationLoop._has_run``.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        loop.val_loop._has_run = True
+        loop._batches_that_stepped += 1
+
+
+def logged_values(trainer: Any) -> Any:
+    """What ``self.log`` has gathered in a training epoch, a mapping. Wraps ``_TrainingEpochLoop._results``."""
+    return trainer.fit_loop.epoch_loop._results

@@ -40,20 +40,6 @@ def finish(loops: dict[str, Any]) -> None:
     validation["is_last_batch"] = False
 
 
-def validate_if_due(trainer: Trainer) -> None:
-    """Let an epoch that :func:`finish` brought to its end be over, unless it ends with a validation."""
-    loop = trainer.fit_loop.epoch_loop
-    fetcher: Any = trainer.fit_loop._data_fetcher
-    if not loop._should_check_val_fx(fetcher):
-        loop.val_loop._has_run = True
-        loop._batches_that_stepped += 1
-
-
 def begin_anew(trainer: Trainer) -> None:
     """Let the next epoch be an ordinary one: an epoch without anything left does not say itself that it was resumed."""
     trainer.fit_loop.epoch_loop.restarting = False
-
-
-def iterate_anew(trainer: Trainer) -> None:
-    """Let Lightning ask the loaders for their batches after the first hooks of the resumed epoch, as in any other."""
-    trainer.fit_loop._resuming_from_checkpoint = False

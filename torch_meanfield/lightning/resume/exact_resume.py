@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
+from torch_meanfield._torch import (
+    end_epoch_without_validation,
+    fetcher_of,
+    forget_resuming,
+    load_loader_states,
+    training_loader,
+)
 from torch_meanfield.lightning.resume import ends, generators, means, own_buffers
-from torch_meanfield.lightning.resume.plain_names import name_plainly_
+from torch_meanfield.lightning.resume.checks import VERSION, between_steps, part_of_rank
+from torch_meanfield.lightning.resume.kept_models import name_all_plainly_, pair_averages
 from torch_meanfield.lightning.resume.replay import Replay
-from torch_meanfield.particles.averages import follow, lineage_of
 from torch_meanfield.width import BirthDeathOptimizer
-
-VERSION = 1
 
 
 class ExactResume(Callback):
@@ -79,22 +81,15 @@ class ExactResume(Callback):
         """What every rank has to remember; all ranks must call it. Empty outside of `fit`."""
         if self._trainer is None or self._replay is None:
             return {}
-        trainer = self._trainer
-        fetcher, place = trainer.fit_loop._data_fetcher, ends.place(trainer)
-        within = _within_a_step(trainer)
-        if within:
-            warnings.warn(
-                f"ExactResume: this checkpoint is written {within}, and cannot be resumed exactly; write checkpoints "
-                f"after optimizer steps (every_n_train_steps, or at the end of an epoch)",
-                stacklevel=2,
-            )
+        trainer, place = self._trainer, ends.place(self._trainer)
+        ahead = len(getattr(fetcher_of(trainer), "batches", ()))
         ours = {
             "device": trainer.strategy.root_device.type,
             "generators": self._outside or self._states or self._generators(),
             "place": place,
-            "epoch": self._replay.state(len(getattr(fetcher, "batches", ()))) if place == ends.WITHIN else None,
+            "epoch": self._replay.state(ahead) if place == ends.WITHIN else None,
             "logged": [] if place == ends.BETWEEN else means.sums(trainer),
-            "within": within,
+            "within": between_steps(trainer),
             "buffers": own_buffers.collect(trainer.lightning_module) if trainer.world_size > 1 else {},
         }
         ranks = _from_all_ranks(ours, trainer)
@@ -112,8 +107,8 @@ class ExactResume(Callback):
         """Take this rank's part, or say why it cannot be resumed from."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._name_plainly(trainer, pl_module)
-        self._pair_averages(trainer, pl_module)
+        name_all_plainly_(trainer, pl_module)
+        pair_averages(trainer, pl_module)
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if not state:
             warnings.warn(
@@ -122,28 +117,7 @@ class ExactResume(Callback):
                 stacklevel=2,
             )
             return
-        way_out = "or resume without ExactResume, under other random numbers"
-        if state["version"] != VERSION:
-            raise ValueError(
-                f"ExactResume: the checkpoint has version {state['version']!r} of its state, this library reads "
-                f"{VERSION}; resume with the torch-meanfield it was written by, {way_out}"
-            )
-        if state["world_size"] != trainer.world_size:
-            raise ValueError(
-                f"ExactResume: the checkpoint was written by {state['world_size']} processes, this training has "
-                f"{trainer.world_size}; resume with {state['world_size']}, {way_out}"
-            )
-        ours, device = state["ranks"][trainer.global_rank], trainer.strategy.root_device.type
-        if ours["device"] != device:
-            raise ValueError(
-                f"ExactResume: the checkpoint was written on {ours['device']}, this training is on {device}; resume on "
-                f"{ours['device']}, {way_out}"
-            )
-        if ours["within"]:
-            raise ValueError(
-                f"ExactResume: the checkpoint was written {ours['within']}; resume from one that was written after an "
-                f"optimizer step, {way_out}"
-            )
+        ours = part_of_rank(state, trainer)
         if ours["place"] == ends.LAST:
             ends.finish(checkpoint["loops"]["fit_loop"])
         self._loaded = {**ours, "births": state.get("births", [])}
@@ -158,30 +132,11 @@ class ExactResume(Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.remove(self)
         callbacks.insert(0, self)
-        self._name_plainly(trainer, pl_module)
-
-    @staticmethod
-    def _name_plainly(trainer: Trainer, pl_module: LightningModule) -> None:
-        """In the model, and in the averages that callbacks keep of it."""
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            return  # torch.distributed.checkpoint, which names the tensors there, leaves the prefix out itself
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for owner in (pl_module, *(value for each in callbacks for value in vars(each).values())):
-            if isinstance(owner, nn.Module):
-                name_plainly_(owner)
-
-    @staticmethod
-    def _pair_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let averages follow births: once both are loaded, they can no longer be told by being the same."""
-        for value in (v for each in trainer.callbacks for v in vars(each).values()):  # type: ignore[attr-defined]
-            if isinstance(value, AveragedModel) and type(value.module) is type(pl_module):
-                for module in pl_module.modules():
-                    lineage_of(module)
-                follow(value.module, pl_module)
+        name_all_plainly_(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the loaders, and let an interrupted epoch go on where it was."""
-        self._name_plainly(trainer, pl_module)
+        name_all_plainly_(trainer, pl_module)
         self._watch(trainer)
         self._isolate_validation(trainer)
         loaded, self._loaded = self._loaded, None
@@ -193,21 +148,20 @@ class ExactResume(Callback):
             self._states = loaded["generators"]
             self._logged = loaded["logged"]
             if loaded["place"] == ends.LAST:
-                ends.validate_if_due(trainer)
+                end_epoch_without_validation(trainer)
             if loaded["epoch"] is not None:
                 self._go_on(trainer, loaded["epoch"])
             if loaded["place"] != ends.WITHIN:
                 self._give_back(trainer)
-        iter(cast(Any, trainer.fit_loop._data_fetcher))
+        iter(fetcher_of(trainer))
 
     def _watch(self, trainer: Trainer) -> bool:
         """Stand between the fetcher and its loaders; whether these are new ones."""
-        fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
-        assert fetcher is not None and loader is not None
+        loader = training_loader(trainer)
         if self._replay is not None and self._replay.loader is loader:
             return False
         self._replay = Replay(loader, self._set_generators)
-        fetcher.setup(self._replay)  # type: ignore[arg-type]
+        fetcher_of(trainer).setup(self._replay)
         return True
 
     def _go_on(self, trainer: Trainer, epoch: dict[str, Any]) -> None:
@@ -219,9 +173,7 @@ class ExactResume(Callback):
         elif all(self._replay.stateful):
             # Lightning loads their states when it makes them, and never if an optimizer wanted to know their length
             # before the checkpoint was read.
-            late = bool(trainer.fit_loop._combined_loader_states_to_load)
-            trainer.fit_loop._load_combined_loader_states()
-            self._replay.go_on(epoch, iterators_exist=not late)
+            self._replay.go_on(epoch, iterators_exist=not load_loader_states(trainer))
         else:
             raise ValueError(
                 "ExactResume: the checkpoint was written within an epoch, and only some of the training loaders have "
@@ -259,9 +211,9 @@ class ExactResume(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the generators, if the checkpoint was written at the end of an epoch."""
         if self._states is not None:
-            ends.iterate_anew(trainer)
+            forget_resuming(trainer)
         if self._watch(trainer):
-            iter(cast(Any, trainer.fit_loop._data_fetcher))
+            iter(fetcher_of(trainer))
         self._set_generators()
         self._states = None
 
@@ -296,18 +248,8 @@ class ExactResume(Callback):
 
 
 def _wrappers(trainer: Trainer) -> list[BirthDeathOptimizer | None]:
-    """The trainer's optimizers, those that let units die and be born."""
+    """The trainer's optimizers; ``None`` in the place of each that lets no unit die and be born."""
     return [o if isinstance(o, BirthDeathOptimizer) else None for o in trainer.optimizers]
-
-
-def _within_a_step(trainer: Trainer) -> str:
-    """Where between two optimizer steps the training is, in words; empty if it is after one."""
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    if progress.current.ready != progress.current.processed:
-        return "in the middle of a training step"
-    if not progress.is_last_batch and progress.current.ready % trainer.accumulate_grad_batches:
-        return "between two batches whose gradients are accumulated"
-    return ""
 
 
 def _from_all_ranks(ours: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:

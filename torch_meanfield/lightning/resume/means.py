@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from torch_meanfield._torch import logged_values
+
 OPTIONS = ("prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "metric_attribute")
 
 
@@ -15,7 +17,7 @@ def sums(trainer: Trainer) -> list[dict[str, Any]]:
     Tensors only: torchmetrics objects are modules, which keep their own state.
     """
     found = []
-    for metric in trainer.fit_loop.epoch_loop._results.values():
+    for metric in logged_values(trainer).values():
         if metric.is_tensor and metric.meta.on_epoch and not metric.has_reset:
             meta = metric.meta
             found.append(
@@ -34,11 +36,11 @@ def sums(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def give_back(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
-    """Put what :func:`sums` found before what has been logged since then.
+    """Put back what :func:`sums` found, ahead of what has been logged since then.
 
     Lightning forgets what is there when the first batch logs something, so this comes after that batch.
     """
-    results, device = trainer.fit_loop.epoch_loop._results, trainer.strategy.root_device
+    results, device = logged_values(trainer), trainer.strategy.root_device
     for entry in saved:
         value, count = entry["value"].to(device), entry["count"]
         metric = results.get(f"{entry['fx']}.{entry['name']}")

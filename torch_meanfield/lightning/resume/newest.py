@@ -16,11 +16,11 @@ def newest_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -
     so a file that was cut off, or whose content was changed on the disk, is not taken. Nothing is unpickled.
 
     Args:
-        folder: where checkpoints are; it need not exist.
-        pattern: of their names, as in :meth:`pathlib.Path.glob`; ``**/*.ckpt`` looks into all folders below.
+        folder: folder that holds the checkpoints; it need not exist.
+        pattern: pattern of their names, as in :meth:`pathlib.Path.glob`; ``**/*.ckpt`` looks into all folders below.
 
     Returns:
-        ``None`` if there is none.
+        The path; ``None`` if no file is whole.
 
     Warns:
         UserWarning: a newer file is not whole; it is named.
@@ -45,4 +45,4 @@ def _torn(path: Path) -> str | None:
             record = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         return str(error) or type(error).__name__
-    return None if record is None else f"the check sum of {record} is another one"
+    return None if record is None else f"the check sum of {record} does not agree"
