@@ -40,11 +40,11 @@ class Block:
 
     Attributes:
         name: qualified.
-        call: its one call in the forward pass.
-        branches: the residual additions.
-        scaled: what takes the step; empty if ``reason`` is given.
-        description: what must be alike in blocks that change places.
-        reason: why it cannot become a particle.
+        call: the module's one call in the forward pass.
+        branches: its residual additions.
+        scaled: the parameters that take the step; empty if ``reason`` is given.
+        description: what must be equal in blocks that change places.
+        reason: why it cannot become a particle; ``None`` if it can.
         foldable: whether parameters take the step.
     """
 
@@ -64,10 +64,10 @@ def find_blocks(
 
     Args:
         model: the private copy that ran.
-        graph: of the forward pass.
-        reads: attributes read in it.
-        nested: take modules too that keep their input's shape and merely hold residual additions.
-        foldable: only take branches that parameters scale; else a module's output may take the step.
+        graph: the graph of its forward pass.
+        reads: the attributes that were read in it.
+        nested: whether to take modules, too, that keep their input's shape and merely hold residual additions.
+        foldable: whether to take only branches that parameters scale; else a module's output may take the step.
     """
     times = Counter(call.name for call in graph.calls)
     modules = dict(model.named_modules())
@@ -132,7 +132,7 @@ def _scaled_parameters(
         if any(not span.start <= node.index < span.stop for node in graph.readers[value]):
             raise NotScalable(f"its last affine layer {value.name!r} is read outside of the block")
         owner, _, name = value.name[len(prefix) :].rpartition(".")
-        scaled.append(Scaled(_site(graph, value, call.name, owner, modules), owner, name, power))
+        scaled.append(Scaled(_scaling_module(graph, value, call.name, owner, modules), owner, name, power))
     order = {name: i for i, (name, _) in enumerate(modules[call.name].named_parameters())}
     return sorted(scaled, key=lambda s: order.get(s.path, 0))
 
@@ -153,7 +153,7 @@ def _inside(call: ModuleCall) -> list[ModuleCall]:
     return [c for child in call.children for c in (child, *_inside(child))]
 
 
-def _site(graph: ForwardGraph, value: Value, block: str, owner: str, modules: dict[str, nn.Module]) -> str:
+def _scaling_module(graph: ForwardGraph, value: Value, block: str, owner: str, modules: dict[str, nn.Module]) -> str:
     """The innermost module of the block that holds the parameter and was executing whenever it was read."""
     site = owner.split(".") if owner else []
     for node in graph.readers[value]:

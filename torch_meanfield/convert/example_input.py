@@ -1,4 +1,4 @@
-"""The input that a model is looked at with."""
+"""The input that a model is traced with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def example_for(model: nn.Module, example_input: Any, caller: str) -> Any:
     """``example_input``, or an input of the size in a timm model's configuration.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: there is neither, or the model has no parameters. The message names ``caller``.
     """
     if example_input is not None:
         return example_input
@@ -36,7 +36,7 @@ def example_for(model: nn.Module, example_input: Any, caller: str) -> Any:
 
 
 def noise(shape: torch.Size, like: Tensor) -> Tensor:
-    """Normal numbers, the same each time, without a trace in torch's random state."""
+    """Standard normal numbers, the same at each call; torch's own generators are left as they are."""
     generator = torch.Generator().manual_seed(0)
     dtype = like.dtype if like.is_floating_point() else torch.float32
     if like.is_meta:

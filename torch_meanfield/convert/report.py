@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_meanfield.convert.stage import ConvertedStage
 
-RECORD = "_mean_field_conversion"
+RECORD = "_mean_field_conversion"  # the key of the record in the model's ``__dict__``
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class FixedBlock:
     """A residual block that did not become a particle, and why.
 
     Attributes:
-        name: qualified.
-        reason: in words.
+        name: qualified name of the block.
+        reason: why, in words.
         branches: number of its residual additions.
         foldable: whether its parameters could take the step (it stays for another reason then).
     """
@@ -107,10 +107,13 @@ class ConversionReport:
 
 @dataclass
 class ConversionRecord:
-    """Kept on the converted model (in its ``__dict__``): the report without modules, and how to make an example."""
+    """Kept in the ``__dict__`` of the converted model: the report without modules, and the example input."""
 
     report: ConversionReport
     example: Any
+
+
+Record = ConversionRecord  # its name in models that version 0.1 pickled
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:

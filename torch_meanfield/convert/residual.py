@@ -36,14 +36,14 @@ def additions(call: ModuleCall) -> list[Addition]:
 
 
 def nested_additions(call: ModuleCall, nodes: list[Node]) -> list[Addition]:
-    """Those of the module, or else every ``h + f(h)`` inside it, whatever stands before, between and behind.
+    """The residual additions of a module, or if it has none, every ``h + f(h)`` inside it, wherever it stands.
 
     For blocks whose stream runs through a layer of its own (a convolution between attention and MLP in TinyViT, behind
     the residual module in ConvMixer).
 
     Args:
-        call: of the module.
-        nodes: of the trace.
+        call: the call of the module.
+        nodes: all nodes of the graph.
     """
     return additions(call) or [
         found for node in nodes[call.start : call.end] if (found := _local(node, call)) is not None
@@ -63,7 +63,7 @@ def _local(node: Node, call: ModuleCall) -> Addition | None:
 
 
 def _ancestors(value: Value, call: ModuleCall) -> set[Value]:
-    """Everything inside the call that ``value`` is computed from, up to what the call found there."""
+    """All values that ``value`` is computed from inside the call, and the values from outside that they begin with."""
     found: set[Value] = set()
     waiting = [value]
     while waiting:
@@ -77,7 +77,7 @@ def _ancestors(value: Value, call: ModuleCall) -> set[Value]:
 
 
 def _way(value: Value, call: ModuleCall) -> tuple[list[Addition], int] | None:
-    """Additions between ``value`` and the input of ``call``, and how much else is in between; ``None``: no way."""
+    """Additions between ``value`` and the input of ``call``, and the number of other operations; ``None``: no way."""
     between = 0
     while value not in call.inputs:
         node = value.node
@@ -117,7 +117,7 @@ def _way(value: Value, call: ModuleCall) -> tuple[list[Addition], int] | None:
 
 
 def origin(value: Value, start: int = 0) -> Value:
-    """The first tensor, from node ``start`` on, that holds the same numbers as ``value``, however arranged."""
+    """The first value, from node ``start`` on, with the same numbers as ``value``, in whatever arrangement."""
     while value.node is not None and value.node.index >= start and value.node.name in SAME and value.node.inputs:
         value = value.node.inputs[0]
     return value

@@ -1,6 +1,6 @@
 """Which parameters to multiply by s so that a branch is multiplied by s: its last affine maps, and gates behind them.
 
-The answer is read off the graph of one forward pass; :mod:`.verify` then proves it with numbers.
+The answer is read off the graph of one forward pass; :mod:`.trial` then proves it with numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Powers = dict[Value, int]  # parameters and the power of the step that each is m
 
 
 class NotScalable(Exception):
-    """Why a branch cannot be multiplied by scaling parameters, in words."""
+    """A branch cannot be multiplied by scaling parameters; the message says why."""
 
 
 def last_affines(branch: Value, avoid: frozenset[Value] = frozenset()) -> set[Value]:
@@ -45,14 +45,16 @@ def last_affines(branch: Value, avoid: frozenset[Value] = frozenset()) -> set[Va
             raise NotScalable(f"its last affine parameter {branch.name!r} is read elsewhere too")
         return {branch}
     if node is None:
-        raise NotScalable("the branch was computed where nobody could watch, or reaches the block's input unscaled")
+        raise NotScalable(
+            "the branch was computed outside of torch's functions, or leads to the input without an affine layer"
+        )
     name = node.name
     if name in LINEAR or name in POSITIVE:
         return last_affines(_first(node), avoid)
     if name in JOIN or name in PLUS:
         terms = [v for v in node.inputs if v.kind != "buffer"]
         if len(terms) < (1 if name in JOIN or _adds_zero(node) else 2):
-            raise NotScalable(f"a constant is added behind the last affine layer ({_place(node)})")
+            raise NotScalable(f"a constant is added behind the last affine layer ({_where(node)})")
         return set().union(*(last_affines(v, avoid) for v in terms))
     if name in LAYERS or name in NORMS:
         return _layer(node, avoid)
@@ -65,33 +67,33 @@ def last_affines(branch: Value, avoid: frozenset[Value] = frozenset()) -> set[Va
         return last_affines(_first(node), avoid)
     if name in TIMES:
         return _factor(node, avoid)
-    raise NotScalable(f"{name} stands behind the last affine layer ({_place(node)})")
+    raise NotScalable(f"{name} stands behind the last affine layer ({_where(node)})")
 
 
 def _adds_zero(node: Node) -> bool:
-    """``sum()`` of a list begins at the number 0."""
+    """Whether the literal that is added is 0: ``sum()`` of a list begins with it."""
     return any(isinstance(a, (int, float)) and a == 0 for a in node.args[:2])
 
 
 def _first(node: Node) -> Value:
     if not node.inputs:
-        raise NotScalable(f"{node.name} makes the branch from no tensor ({_place(node)})")
+        raise NotScalable(f"{node.name} makes the branch from no tensor ({_where(node)})")
     return node.inputs[0]
 
 
 def _layer(node: Node, avoid: frozenset[Value]) -> set[Value]:
     (_, *rest) = LAYERS.get(node.name) or NORMS[node.name]
-    operands = [node.arg(*place) for place in rest]
+    operands = [node.arg(*at) for at in rest]
     weight = operands[0]
     if not isinstance(weight, Value):
-        raise NotScalable(f"{node.name} without weights undoes every factor before it ({_place(node)})")
+        raise NotScalable(f"{node.name} without weights undoes every factor before it ({_where(node)})")
     return _scaled_operands(node, operands, avoid)
 
 
 def _scaled_operands(node: Node, operands: Sequence[object], avoid: frozenset[Value]) -> set[Value]:
     values = [v for v in operands if isinstance(v, Value)]
     if not values:
-        raise NotScalable(f"{node.name} has no weight of its own ({_place(node)})")
+        raise NotScalable(f"{node.name} has no weight of its own ({_where(node)})")
     return set().union(*(last_affines(v, avoid) for v in values))
 
 
@@ -99,7 +101,7 @@ def _factor(node: Node, avoid: frozenset[Value]) -> set[Value]:
     """One factor of a product takes the step: a learned one if there is one, else the first that can."""
     operands = [v for v in node.inputs if v.kind != "buffer"]
     learned = [v for v in operands if v.constant]
-    reason = f"{node.name} of constants ({_place(node)})"
+    reason = f"{node.name} of constants ({_where(node)})"
     for value in (*learned, *(v for v in operands if v not in learned)):
         if value.constant and not _learned(value):
             continue
@@ -116,7 +118,7 @@ def _learned(value: Value) -> bool:
     return any(_learned(v) for v in value.node.inputs)
 
 
-def _place(node: Node) -> str:
+def _where(node: Node) -> str:
     return f"in {node.module}" if node.module else "in forward"
 
 
@@ -127,13 +129,13 @@ def powers(graph: ForwardGraph, span: range, branches: Iterable[Value], stream: 
     (``u * gate(u)``: squeeze-and-excitation) or beside it (ghost modules).
 
     Args:
-        graph: of the forward pass.
-        span: indices of the block's nodes.
+        graph: the graph of the forward pass.
+        span: the indices of the block's nodes.
         branches: what the residual additions of the block add.
         stream: the results of those additions.
 
     Raises:
-        NotScalable: with the reason.
+        NotScalable: no choice of parameters does; the message is the reason.
     """
     branches, stream = list(branches), list(stream)
     try:
@@ -172,14 +174,20 @@ def _powers(
 
 
 def _degree(node: Node, degree: dict[Value, int], result: Powers) -> int:
+    """The power of s in what ``node`` puts out, given those of its inputs; weights that must undo s go to ``result``.
+
+    Raises:
+        NotScalable: the output is not a power of s times what it was.
+    """
+
     def of(value: object) -> int:
         return degree.get(value, 0) if isinstance(value, Value) else 0
 
     name = node.name
-    refused = NotScalable(f"{name} reads a scaled tensor ({_place(node)})")
+    refused = NotScalable(f"{name} reads a scaled tensor ({_where(node)})")
     if name in LAYERS or name in NORMS:
         (first, *rest) = LAYERS.get(name) or NORMS[name]
-        weight, *bias = [node.arg(*place) for place in rest]
+        weight, *bias = [node.arg(*at) for at in rest]
         biases = [b for b in bias if isinstance(b, Value)]
         if of(node.arg(*first)) == 0:
             if not all(of(b) == of(weight) for b in biases):

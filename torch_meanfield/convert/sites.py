@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from torch_meanfield._torch import children_of, parameters_of
-
-if TYPE_CHECKING:
-    from torch_meanfield.convert.stage import ConvertedStage
+from torch_meanfield.convert.stage import ConvertedStage
 
 # The weight that reads a scaled tensor inside a gate is divided by the step, which may be 0. Below this the gate sees
 # a smaller input, of a branch whose share in the update is less than this.
@@ -25,13 +23,13 @@ _KEY = "_mean_field_site"
 
 
 class Site:
-    """What one module scales during its forward pass. Kept in the module's ``__dict__``; copies with it.
+    """What one module scales during its forward pass; kept in the module's ``__dict__`` and copied with it.
 
     Attributes:
-        stage: whose tau gives the step (not registered: it is a child of another module).
-        slot: of the particle that the module belongs to.
+        stage: the stage whose tau gives the step (not registered: it is a child of another module).
+        slot: the slot of the particle that the module belongs to.
         scaled: for each parameter the path of its owner inside the module, its name there, and the power of the step.
-        output: the output itself is multiplied, for a branch that no parameter scales.
+        output: whether the output itself is multiplied, for a branch that no parameter scales.
     """
 
     def __init__(
@@ -55,7 +53,7 @@ def factor(step: Tensor, power: int) -> Tensor:
 
 
 def multiply(tensor: Tensor, by: Tensor) -> Tensor:
-    """``tensor * by`` in the wider of both precisions, rounded once to the tensor's."""
+    """``tensor * by``, computed in the precision of ``by`` and rounded once to that of ``tensor``."""
     return tensor * by if tensor.dtype == by.dtype else (tensor.to(by.dtype) * by).to(tensor.dtype)
 
 
@@ -138,7 +136,7 @@ def site_of(module: nn.Module) -> Site | None:
 
 @contextmanager
 def attached(sites: dict[nn.Module, Site]) -> Iterator[None]:
-    """:func:`attach` all, for a while."""
+    """:func:`attach` all sites while the context lasts."""
     done = []
     try:
         for module, site in sites.items():

@@ -53,7 +53,7 @@ class ConvertedStage(MeanFieldLayer):
         return steps[order.argsort()][slot]
 
     def population(self) -> Population:
-        """The particles: each owns one tensor of every name in its blocks, and its place on the tau axis."""
+        """The particles: each owns one tensor of every name in its blocks, and its position on the tau axis."""
         columns: list[Column] = list(self._columns())
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
         return _Blocks(columns, owner=self, name=self._label())
@@ -72,7 +72,7 @@ class ConvertedStage(MeanFieldLayer):
             row = [theirs.get(name) for theirs in tensors]
             if any(t is None for t in row):
                 raise ValueError(f"a block of {self._label()} lacks the tensor {name.partition('.')[2]!r}")
-            # One table for all blocks belongs to no particle.
+            # A table that all blocks share belongs to no particle.
             if len(row) > 1 and all(t is row[0] for t in row) and not isinstance(row[0], nn.Parameter):
                 continue
             columns.append(Stack([t for t in row if t is not None]))

@@ -1,4 +1,4 @@
-"""Proof by numbers, in double precision on random weights: blocks that can change places, parameters that scale.
+"""Numeric proof, in double precision on random weights, that blocks can change places and that parameters scale them.
 
 Both are tested at a block's output. Fresh weights would prove nothing: layer scales of 1e-6 and gains of zero hide
 whole branches.
@@ -25,11 +25,11 @@ from torch_meanfield.particles.population import named_tensors
 
 FACTORS = (0.0, 0.5, 2.0)
 TOLERANCE = 1e-9  # relative to the largest output; true ones reach 1e-13
-VISIBLE = 1e-6  # what scaling by 0 must change at least, or the test has seen nothing
+VISIBLE = 1e-6  # the least change when scaled by 0; below it the test has seen nothing
 
 
 class BlockInputs:
-    """What chosen modules are called with, kept from one forward pass."""
+    """The arguments that chosen modules are called with in one forward pass, by name."""
 
     def __init__(self, model: nn.Module, example_input: Any, names: Iterable[str]) -> None:
         self.by_name: dict[str, tuple[Any, Any]] = {}
@@ -54,8 +54,9 @@ class Trial:
     """A random double-precision copy of one block, on the input that the block had.
 
     Args:
-        block: the block; its module ``module`` is left as it is.
-        inputs: args and kwargs of its call.
+        block: what is known of the block.
+        module: its module, which is left as it is.
+        inputs: the positional and the keyword arguments of its call.
     """
 
     def __init__(self, block: Block, module: nn.Module, inputs: tuple[Any, Any]) -> None:
@@ -137,7 +138,7 @@ class _Constant:
 
 
 def make_sites(block: Block, module: nn.Module, stage: Any, slot: int) -> dict[nn.Module, Site]:
-    """The sites of one block in ``module``, the module that it is (or a copy)."""
+    """The sites of one block by module; ``module`` is the block's own, or a copy of it."""
     by_site: dict[str, list[tuple[str, str, int]]] = {}
     for s in block.scaled:
         scaled = by_site.setdefault(s.site, [])

@@ -1,4 +1,4 @@
-"""The path of every particle of one layer, followed by identity while re-sorting moves it between slots."""
+"""The positions of the particles of one layer over training, each particle followed from slot to slot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Trajectory:
 
     Attributes:
         steps: optimizer steps at which positions were recorded.
-        tau: for each of them, n positions by particle.
+        tau: for each of these steps, n positions by particle.
         grad: likewise the loss's derivatives by the positions, in the step that led there; ``None`` where not known.
         potential: likewise the potentials, see :func:`torch_meanfield.depth.resample.potential`.
         who: for each slot, the particle in it.
@@ -41,12 +41,13 @@ class Trajectory:
         grad: Sequence[float] | None = None,
         potential: Sequence[float] | None = None,
     ) -> None:
-        """Append what holds at ``step``; a step is recorded once.
+        """Append the positions at ``step``; a step is recorded once.
 
         Args:
-            step: optimizer steps taken.
-            tau: positions, shape ``(n,)``, by slot.
-            grad, potential: n numbers, by particle: they were read before the last re-sort, see :meth:`by_particle`.
+            step: the number of optimizer steps taken.
+            tau: the positions by slot, shape ``(n,)``.
+            grad: n derivatives by particle: they were read before the last re-sort, see :meth:`by_particle`.
+            potential: likewise n potentials.
         """
         if self.steps and step <= self.steps[-1]:
             return
@@ -56,7 +57,7 @@ class Trajectory:
         self.potential.append(None if potential is None else list(potential))
 
     def by_particle(self, by_slot: Sequence[float]) -> list[float]:
-        """n numbers, given by slot, by particle."""
+        """Rearrange n numbers that are given by slot: the one of particle i comes i-th."""
         row = [0.0] * len(by_slot)
         for slot, particle in enumerate(self.who):
             row[particle] = by_slot[slot]
@@ -69,7 +70,7 @@ class Trajectory:
         dead, whose line jumps there.
 
         Args:
-            index: int64, shape ``(n,)``, sources by slot.
+            index: the source of each slot, int64, shape ``(n,)``.
             resorted_at: the step, if it was a re-sort; other motions (a checkpoint loaded, say) are not counted.
         """
         sources = index.tolist()

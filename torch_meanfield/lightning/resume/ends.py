@@ -17,7 +17,7 @@ BETWEEN = "between two epochs"
 
 
 def place(trainer: Trainer) -> str:
-    """Where in the epoch the training is."""
+    """Where in the epoch the training is: one of the constants above."""
     loop = trainer.fit_loop
     batches: Any = loop.epoch_loop.batch_progress
     epochs: Any = loop.epoch_progress.current

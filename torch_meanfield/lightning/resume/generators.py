@@ -1,4 +1,4 @@
-"""The states of the generators of random numbers of one process, as tensors and plain types."""
+"""The states of one process's random number generators, as tensors and plain types."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def collect(cuda: bool = True) -> dict[str, Any]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         name, words, *rest = numpy.random.get_state()
-        if name == "MT19937":  # of any other the user knows more than we do
+        if name == "MT19937":  # another kind is the user's own, and its state is not kept
             states["numpy"] = [torch.tensor(words.tolist(), device="cpu"), *map(float, rest)]
     if cuda and cast(Any, torch.cuda).is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -55,7 +55,7 @@ def seed_(number: int) -> None:
 
 
 def inside(thing: Any, name: str, depth: int = DEEP) -> Iterator[tuple[str, torch.Generator]]:
-    """The generators that are attributes of ``thing``, or of what it is made of, each once, by dotted name."""
+    """The generators that are attributes of ``thing``, or of its attributes in turn, each once, by dotted name."""
     yield from _inside(thing, name, depth, set())
 
 

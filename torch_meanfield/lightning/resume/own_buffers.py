@@ -1,4 +1,4 @@
-"""Buffers that each rank keeps for itself: the running statistics of batch norm, of the images that it has seen.
+"""Buffers that each rank keeps for itself: the running statistics of batch norm over the images that it has seen.
 
 DDP sends the first rank's to all, but only in the training's forward pass, and FSDP2 never does. A checkpoint holds the
 first rank's.
@@ -20,7 +20,7 @@ def collect(module: nn.Module) -> dict[str, Tensor]:
 
 
 def drop_common_(ranks: list[dict[str, Any]]) -> None:
-    """Of what each rank has under ``"buffers"``, keep what is not the first one's: that the checkpoint holds anyway."""
+    """Keep under ``"buffers"`` of each rank what differs from the first rank's, which the checkpoint holds anyway."""
     first = ranks[0]["buffers"]
     for part in ranks:
         part["buffers"] = {name: b for name, b in part["buffers"].items() if not _same(b, first.get(name))}
@@ -28,7 +28,7 @@ def drop_common_(ranks: list[dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def restore_(module: nn.Module, buffers: dict[str, Tensor]) -> None:
-    """Write what :func:`drop_common_` left of this rank's."""
+    """Write back the buffers of this rank that :func:`drop_common_` kept."""
     ours = dict(module.named_buffers())
     for name in buffers.keys() & ours.keys():
         ours[name].copy_(buffers[name])

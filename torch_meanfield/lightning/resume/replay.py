@@ -1,4 +1,4 @@
-"""Training batches whose epoch can be gone through again up to the batch at which it was interrupted."""
+"""Training batches whose epoch can be repeated up to the batch at which it was interrupted."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Replay:
     a data set that draws) is then where it was. That costs the loading, not the training, of these batches.
 
     Args:
-        loader: of Lightning's fit loop.
-        after_fetch: called whenever a batch has been fetched, or the loaders had no more.
+        loader: the loader of Lightning's fit loop.
+        after_fetch: function called whenever a batch has been fetched, or the loaders had no more.
 
     Attributes:
         given: batches handed out in this epoch.
@@ -47,10 +47,10 @@ class Replay:
         return {name: generator.get_state() for name, generator in self._own().items()}
 
     def restore_(self, states: dict[str, Any]) -> None:
-        """Set the loaders' own generators to what :meth:`states` found, those that are there already.
+        """Set the loaders' own generators to what :meth:`states` found, as far as they have been made.
 
         Raises:
-            ValueError: there is one that was not there then. Nothing has been set.
+            ValueError: a generator was not there then. Nothing has been set.
         """
         ours = self._own()
         if not ours.keys() <= states.keys():
@@ -128,7 +128,7 @@ class Replay:
                 iter(self.loader)
             return []
         if any(getattr(loader, "persistent_workers", False) for loader in self.loader.flattened):
-            self.loader.reset()  # their generators go on from epoch to epoch, and nobody can ask for them
+            self.loader.reset()  # their generators go on from epoch to epoch, and cannot be read
         self.restore_(epoch["own"])
         generators.seed_(epoch["number"])
         iter(self.loader)
