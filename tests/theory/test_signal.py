@@ -43,7 +43,9 @@ def test_the_edge_is_differentiable_in_sigma_b():
 def test_relu_phases_in_closed_form():
     ordered = phase(torch.relu, 1.0, 0.3)
     assert float(ordered.q_star) == pytest.approx(2 * 0.09 / (2 - 1))
-    assert float(ordered.xi_c) == float(ordered.xi_q) == pytest.approx(1 / math.log(2))
+    # Two ways of computing 1 / log 2, whose last bit depends on the processor.
+    assert float(ordered.xi_c) == pytest.approx(1 / math.log(2), rel=1e-12)
+    assert float(ordered.xi_q) == pytest.approx(1 / math.log(2), rel=1e-12)
     assert (ordered.name, float(ordered.c_star)) == ("ordered", 1.0)
     marginal = phase(torch.relu, math.sqrt(2), q=3.0)
     assert (marginal.name, float(marginal.q_star), float(marginal.xi_c)) == ("critical", 3.0, math.inf)
