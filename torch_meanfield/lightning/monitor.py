@@ -117,3 +117,5 @@ class MeanFieldMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the trajectories of a checkpoint."""
         self.trajectories = {name: Trajectory.from_state_dict(state) for name, state in state_dict.items()}
+        if self._recorder is not None:  # where the network is sharded, Lightning restores after on_fit_start
+            self._recorder.trajectories = self.trajectories
