@@ -7,4 +7,4 @@ from torch_meanfield.width.search.find import Report as Report
 from torch_meanfield.width.search.find import find_populations as find_populations
 from torch_meanfield.width.search.proof import Verdict as Verdict
 from torch_meanfield.width.search.proof import verify as verify
-from torch_meanfield.width.turnover.dynamics import Event as Event
+from torch_meanfield.width.turnover.event import Event as Event

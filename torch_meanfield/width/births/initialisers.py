@@ -1,30 +1,26 @@
-"""The laws newborn units are drawn from: the layer's own initialiser, or the moments its weights began with."""
+"""What newborn units are drawn from: the layer's own initialiser, or the moments that its weights began with."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from torch_meanfield.particles import Slice
 from torch_meanfield.particles.copying import whole
-from torch_meanfield.particles.neurons import Neurons
-
-# initializer(rows, generator): fill one tensor for each incoming column in place, entry j for newborn j.
-Initializer = Callable[[Sequence[Tensor], torch.Generator], None]
+from torch_meanfield.particles import Neurons
 
 
 @dataclass(frozen=True)
-class Law:
-    """One column's law: ``mean + spread * noise``, the noise uniform on [-1, 1] or standard normal.
+class Initialiser:
+    """How one column is drawn: ``mean + spread * noise``, the noise uniform on [-1, 1] or standard normal.
 
     Attributes:
         mean: location.
-        spread: half the width of the uniform law, or the standard deviation of the normal one.
+        spread: half the width of the uniform distribution, or the standard deviation of the normal one.
         uniform: which of the two.
     """
 
@@ -46,26 +42,19 @@ class Law:
         return out.to(like.dtype)
 
 
-def particle_shape(column: Slice, count: int) -> tuple[int, ...]:
-    """Shape of ``count`` particles' entries of ``column``: that of ``by_particle`` with ``count`` in place of n."""
-    shape = list(column.by_particle(column.tensor.detach()).shape)
-    shape[column.dim + 1] = count
-    return tuple(shape)
-
-
 @torch.no_grad()
-def laws_of(population: Neurons, model: nn.Module | None) -> dict[int, Law]:
-    """The law of every incoming and own column, by its place among the columns.
+def initialisers_of(population: Neurons, model: nn.Module | None) -> dict[int, Initialiser]:
+    """The initialiser of every incoming and own column, by its number among the columns.
 
     A ``Linear`` or convolution whose weights still have the scale that ``reset_parameters`` gives them (as in a model
-    that was not loaded) keeps that law, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weight and bias. Every other tensor,
-    a declared one without a module among them, is drawn from the normal law of the mean and deviation it has now,
+    that was not loaded) keeps that one, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weight and bias. Every other tensor,
+    a declared one without a module among them, is drawn from the normal law with the mean and deviation it has now,
     which is its constant where it is constant (gains, fresh running statistics).
 
     Reads the values once; to be called when an optimizer is wrapped, not while it steps.
     """
     homes = _homes(model)
-    laws = {}
+    found = {}
     for i, (column, role) in enumerate(zip(population.slices(population.columns), population.roles, strict=True)):
         if role == "out":
             continue
@@ -73,8 +62,8 @@ def laws_of(population: Neurons, model: nn.Module | None) -> dict[int, Law]:
         bound = _reset_bound(module) if role == "in" and module is not None else None
         value = whole(column.tensor).double()
         mean, std = value.mean().item(), value.std(correction=0).item() if value.numel() > 1 else 0.0
-        laws[i] = Law(mean, std, uniform=False) if bound is None else Law(0.0, bound, uniform=True)
-    return laws
+        found[i] = Initialiser(mean, std, False) if bound is None else Initialiser(0.0, bound, True)
+    return found
 
 
 def _homes(model: nn.Module | None) -> dict[int, nn.Module]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from torch_meanfield.particles.ranks import of_all_ranks, rows_of_all_ranks
 from torch_meanfield.width.births.activations import Activation, recognise
-from torch_meanfield.width.births.recorder import Recorder, Site
+from torch_meanfield.width.births.recorder import LandscapeRecorder, Surroundings
 
 ROUNDS = 8  # in how many portions the newborn units of one event are chosen
 ASCENTS = 5  # steps of refinement
@@ -44,17 +44,17 @@ class Placed:
 
 
 class Landscape:
-    """The slope of the potential, from what a :class:`~torch_meanfield.width.births.recorder.Recorder` saw.
+    """The slope of the potential, from what a :class:`.LandscapeRecorder` saw.
 
     Args:
-        site: the layers.
+        around: the layers.
         inputs: sampled inputs of the first layer, ``(rows, fan_in)`` or ``(images, channels, *size)``.
         gradients: dE/dy at the output of the last, for the same rows.
         activation: what lies between, behind the norm if there is one.
     """
 
-    def __init__(self, site: Site, inputs: Tensor, gradients: Tensor, activation: Activation) -> None:
-        self.site, self.activation = site, activation
+    def __init__(self, around: Surroundings, inputs: Tensor, gradients: Tensor, activation: Activation) -> None:
+        self.around, self.activation = around, activation
         wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
         self.x, self.g = inputs.to(wide), gradients.to(wide)
         # A step that overflowed says nothing.
@@ -63,9 +63,9 @@ class Landscape:
 
     def before(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """w . x for all rows and candidates: ``(rows, k)`` or ``(images, k, *size)``."""
-        if self.site.linear:
+        if self.around.linear:
             return F.linear(self.x, weight, bias)
-        h: Tensor = self.site.first._conv_forward(self.x, weight, bias)
+        h: Tensor = self.around.first._conv_forward(self.x, weight, bias)
         return h
 
     def statistics(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,15 +76,15 @@ class Landscape:
     def units(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """phi(x; w) for all rows and candidates: ``(rows, k)`` or ``(images, k, *size)``."""
         h = self.before(weight, bias)
-        if self.site.norm is not None:
+        if self.around.norm is not None:
             h = F.batch_norm(h, None, None, training=True)
         return self.activation(h)
 
     def slope(self, units: Tensor) -> Tensor:
         """G for each candidate: ``(outputs, k)`` or ``(outputs, k, *kernel)``."""
-        if self.site.linear:
+        if self.around.linear:
             return self.g.T @ units
-        m = self.site.last
+        m = self.around.last
         with torch.enable_grad():
             kernel = units.new_zeros((m.out_channels, units.shape[1], *m.kernel_size), requires_grad=True)
             # the layer's own padding, stride and dilation, with other weights
@@ -99,12 +99,12 @@ class Landscape:
         agreement is :math:`|\sum_r u_r| / (R \sum_r u_r^2)^{1/2}`: 1 if every row gains alike, small if a few rows
         gain at the expense of the others. Between convolutions, rows are whole images.
         """
-        if self.site.linear:
+        if self.around.linear:
             u = (self.g @ slope) * units
         else:
             u = torch.stack(
                 [
-                    (self.site.last._conv_forward(units[:, j : j + 1], slope[:, j : j + 1], None) * self.g)
+                    (self.around.last._conv_forward(units[:, j : j + 1], slope[:, j : j + 1], None) * self.g)
                     .flatten(1)
                     .sum(1)
                     for j in range(units.shape[1])
@@ -124,7 +124,7 @@ class Landscape:
         The least-squares projection: what is left is what no outgoing weights of these units could reduce, whatever
         the curvature of the loss. Between convolutions the gradient is left as it is.
         """
-        if self.site.linear:
+        if self.around.linear:
             units = self.units(weight, bias)
             gram = units.T @ units
             gram.diagonal().add_(1e-6 * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
@@ -133,7 +133,7 @@ class Landscape:
             self.g = torch.where(left.norm() <= self.g.norm(), left, self.g)
 
 
-def landscape(recorder: Recorder) -> Landscape | None:
+def landscape(recorder: LandscapeRecorder) -> Landscape | None:
     """What was recorded, gathered from all data-parallel ranks; ``None`` if nothing usable was."""
     before, after = recorder.before, recorder.after
     usable = bool(recorder.inputs) and before is not None and after is not None
@@ -145,7 +145,7 @@ def landscape(recorder: Recorder) -> Landscape | None:
     if recorder.activation is None:
         return None
     inputs, gradients = (rows_of_all_ranks(torch.cat(rows)) for rows in (recorder.inputs, recorder.gradients))
-    return Landscape(recorder.site, inputs, gradients, recorder.activation)
+    return Landscape(recorder.around, inputs, gradients, recorder.activation)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def place(land: Landscape, weight: Tensor, bias: Tensor | None, count: int) -> P
         weight, bias: candidates drawn from the layer's law, ``(candidates, *fan_in)`` and ``(candidates,)``.
         count: at most the number of candidates.
     """
-    portion = -(-count // min(ROUNDS, count)) if land.site.linear else count
+    portion = -(-count // min(ROUNDS, count)) if land.around.linear else count
     chosen: list[Placed] = []
     wide = land.x.dtype
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
@@ -184,7 +184,7 @@ def refine(land: Landscape, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
         return (v.view_as(weight), None) if bias is None else (v[:, :-1].reshape(weight.shape), v[:, -1])
 
     best, score = w, land.score(*parts(w))
-    for _ in range(ASCENTS if land.site.linear else 1):
+    for _ in range(ASCENTS if land.around.linear else 1):
         with torch.enable_grad():
             leaf = best.detach().requires_grad_()
             (uphill,) = torch.autograd.grad(land.score(*parts(leaf)).sum(), leaf)

@@ -1,4 +1,7 @@
-"""What steep placement must see: inputs of the layer before a population, gradients behind the layer after it."""
+"""What steep placement must see: inputs of the layer before a population, gradients behind the layer after it.
+
+A hook on the layers exists only while something is recorded.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
-class Site:
+class Surroundings:
     """The two layers a population lies between, and the norm in the middle if there is one.
 
     Attributes:
@@ -43,7 +46,7 @@ class Site:
         return isinstance(self.first, nn.Linear)
 
 
-def site_of(population: Neurons, model: nn.Module | None) -> Site | None:
+def surroundings_of(population: Neurons, model: nn.Module | None) -> Surroundings | None:
     """The layers around ``population``, if candidates for it can be tried out there; otherwise ``None``.
 
     That is two plain ``Linear`` layers, or two ungrouped convolutions, with at most one batch norm between them.
@@ -72,7 +75,7 @@ def site_of(population: Neurons, model: nn.Module | None) -> Site | None:
         or population.outgoing[0].tensor is not last.weight
     ):
         return None
-    return Site(first, last, norm, cast(Tensor, first.weight), population.outgoing[0].tensor)
+    return Surroundings(first, last, norm, cast(Tensor, first.weight), population.outgoing[0].tensor)
 
 
 def in_backward() -> bool:
@@ -108,7 +111,7 @@ class Tap:
         return Tap, ()
 
 
-class Recorder:
+class LandscapeRecorder:
     """Takes a sample of rows from each forward and backward pass between :meth:`start` and :meth:`stop`.
 
     Hooks live on the two layers only meanwhile: a copy of the model made at another time carries none. In a compiled
@@ -116,13 +119,13 @@ class Recorder:
     gradients go through: the first without reentrant autograd, the recomputed one with it.
 
     Args:
-        site: the layers.
+        around: the layers.
         limit: about how many rows (tokens, or output positions) to keep in all.
         steps: over how many steps to spread them.
     """
 
-    def __init__(self, site: Site, limit: int, steps: int) -> None:
-        self.site, self.share = site, max(1, limit // max(1, steps))
+    def __init__(self, around: Surroundings, limit: int, steps: int) -> None:
+        self.around, self.share = around, max(1, limit // max(1, steps))
         self.limit = limit
         self.wanted = False
         self.steps = 0  # since it was started, whether anything was seen or not
@@ -152,10 +155,10 @@ class Recorder:
         """Put the hooks in place if they should be and are not (after a copy, or after loading)."""
         if not self.wanted or self._handles:
             return
-        middle = self.site.norm if self.site.norm is not None else self.site.first
-        if any("_forward_hooks" not in m.__dict__ for m in (self.site.first, middle, self.site.last)):
+        middle = self.around.norm if self.around.norm is not None else self.around.first
+        if any("_forward_hooks" not in m.__dict__ for m in (self.around.first, middle, self.around.last)):
             return  # a module that is still being unpickled
-        for module, name in ((self.site.first, "_at_first"), (middle, "_at_middle"), (self.site.last, "_at_last")):
+        for module, name in ((self.around.first, "_at_first"), (middle, "_at_middle"), (self.around.last, "_at_last")):
             self._handles.append(module.register_forward_hook(Tap(self, name)))
 
     def stop(self) -> None:
@@ -201,23 +204,23 @@ class Recorder:
 
     def _rows_of(self, x: Tensor) -> Tensor:
         """What is sampled: rows for ``Linear``, whole images for convolutions."""
-        return x.detach().reshape(-1, x.shape[-1]) if self.site.linear else x.detach()
+        return x.detach().reshape(-1, x.shape[-1]) if self.around.linear else x.detach()
 
-    def _every(self, x: Tensor) -> int:
-        """Every how manieth row of ``x`` is kept: evenly spaced, so that all ranks do alike."""
-        keep = self.share if self.site.linear else self.share // max(1, x[0, 0].numel())
+    def _stride(self, x: Tensor) -> int:
+        """The distance between the rows of ``x`` that are kept, which are evenly spaced, so that all ranks keep the same."""
+        keep = self.share if self.around.linear else self.share // max(1, x[0, 0].numel())
         return max(1, len(x) // max(1, keep))
 
     def _at_first(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._pending = []
-        if torch.is_grad_enabled() and self.site.outgoing.grad is None and not in_backward():
+        if torch.is_grad_enabled() and self.around.outgoing.grad is None and not in_backward():
             self.forget()  # its gradients were thrown away
         if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and self._rows < self.limit:
             given = untransformed(args[0])
             if given is None or (isinstance(output, Tensor) and untransformed(output) is None):
                 return
             x = self._rows_of(given)
-            stride = self._every(x)
+            stride = self._stride(x)
             self._pending = [(x[::stride].clone(), stride)]
 
     def _at_middle(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -242,7 +245,7 @@ class Recorder:
         cast(Any, output).register_hook(keep)
 
     def _count(self, rows: Tensor) -> int:
-        return len(rows) if self.site.linear else len(rows) * rows[0, 0].numel()
+        return len(rows) if self.around.linear else len(rows) * rows[0, 0].numel()
 
     @staticmethod
     def _few(x: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def foreign(population: Neurons | Blocks, optimizer: Optimizer) -> Slice | None:
     """
     owned = owned_ids(optimizer)
     if isinstance(population, Blocks):
-        return None if id(population.position) in owned else Slice(population.position)
+        return None if id(population.parameter) in owned else Slice(population.parameter)
     for column, role in zip(population.slices(population.columns), population.roles, strict=True):
         # a frozen parameter and a buffer belong to no optimizer; an outgoing weight must be trained, or has no gradient
         if (column.tensor.requires_grad or role == "out") and id(column.tensor) not in owned:

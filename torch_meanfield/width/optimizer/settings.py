@@ -1,40 +1,45 @@
-"""The settings of birth and death, checked when they are given."""
+"""The settings of birth and death, checked when they are given, and the rules that they name."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch_meanfield.width.births.inherit import Clone, Split
+from torch_meanfield.width.births.reinject import Initializer, Reinject
+from torch_meanfield.width.births.rule import BirthRule
+from torch_meanfield.width.births.steep import Steep
+from torch_meanfield.width.turnover.decide import TurnoverRule
+from torch_meanfield.width.turnover.dynamics import RECORDED
+from torch_meanfield.width.turnover.exact import Exact
+from torch_meanfield.width.turnover.standing_out import StandingOut
 
 Births = Literal["clone", "split", "reinject"]
 Scheme = Literal["standing_out", "exact"]
 
-BIRTHS: tuple[Births, ...] = ("clone", "split", "reinject")
-SCHEMES: tuple[Scheme, ...] = ("standing_out", "exact")
-
 
 @dataclass(frozen=True)
 class Settings:
-    """See :class:`~torch_meanfield.width.optimizer.wrapper.BirthDeathOptimizer` for what each of them means.
+    """See :class:`.BirthDeathOptimizer` for what each of them means.
 
     Raises:
-        TypeError: a number that is none.
+        TypeError: a value of another type than a setting has.
         ValueError: a number out of its range, or an unknown choice.
     """
 
     rate: float
     every: int
-    births: Births
-    scheme: Scheme
+    births: Births | BirthRule | None
+    scheme: Scheme | TurnoverRule
     reinject: float
     steep: bool
     mass: float
     candidates: int
-    window: float
+    window: float | None
     threshold: float
     batch_size: int | None = None
-    jitter: float = 0.01
-    rows: int = 4096  # sampled rows for the landscape, per population
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -45,6 +50,8 @@ class Settings:
             ("threshold", 0.0, math.inf),
         ):
             value = getattr(self, name)
+            if name == "window" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
             if not math.isfinite(value) or not low <= value <= high:
@@ -61,30 +68,50 @@ class Settings:
             raise TypeError(f"batch_size must be an integer or None, got {size!r}")
         if size is not None and size < 1:
             raise ValueError(f"batch_size must be at least 1, got {size}")
-        if self.births not in BIRTHS:
-            raise ValueError(f"births must be one of {BIRTHS}, got {self.births!r}")
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme must be one of {SCHEMES}, got {self.scheme!r}")
-        if self.scheme == "standing_out" and self.rate > 1:
-            raise ValueError(
-                f"rate must be at most 1 under scheme='standing_out', where it is a share of the population; got "
-                f"{self.rate!r}"
-            )
-
-    @property
-    def coherence(self) -> float:
-        r"""The least ratio of average to root mean square that ``threshold`` standard errors amount to.
-
-        An exponential average with weights 1/window of noise of deviation s has the deviation s / sqrt(2 window - 1).
-        """
-        return self.threshold / math.sqrt(2 * self.window - 1)
+        for name, choices, methods in (
+            ("births", BIRTHS, ("watch", "share_", "newborns")),
+            ("scheme", SCHEMES, ("window", "decide")),
+        ):
+            given: Any = getattr(self, name)
+            if given is None and name == "births":
+                continue
+            rule = not isinstance(given, (str, type)) and all(callable(getattr(given, m, None)) for m in methods)
+            if not rule and not (isinstance(given, str) and given in choices):
+                raise ValueError(
+                    f"{name} must be one of {tuple(choices)} or a rule with the methods {', '.join(methods)}, got "
+                    f"{given!r}"
+                )
 
     @property
     def active(self) -> bool:
         """Whether anything can ever happen."""
         return self.rate > 0 or self.reinject > 0
 
-    @property
-    def recorded(self) -> int:
-        """Over how many of the steps before an event the landscape is sampled."""
-        return max(1, min(40, self.every))
+    def rules(self, initializer: Initializer | None) -> tuple[TurnoverRule, BirthRule, float]:
+        """The scheme, the way of being born, and the length of the averages in steps.
+
+        Raises:
+            ValueError: a setting that the scheme refuses.
+        """
+        scheme = SCHEMES[self.scheme](self) if isinstance(self.scheme, str) else self.scheme
+        births = scheme.births if self.births is None else self.births
+        rule = BIRTHS[births](self, initializer) if isinstance(births, str) else births
+        return scheme, rule, scheme.window(self.every) if self.window is None else self.window
+
+
+def _reinject(s: Settings, initializer: Initializer | None) -> BirthRule:
+    if not s.steep or initializer is not None:
+        return Reinject(initializer)
+    return Steep(None, s.mass, s.candidates, min(RECORDED, s.every))
+
+
+# What a name means; a new scheme or way of being born is a class and one row here.
+SCHEMES: dict[str, Callable[[Settings], TurnoverRule]] = {
+    "standing_out": lambda s: StandingOut(s.rate, s.threshold),
+    "exact": lambda s: Exact(s.rate),
+}
+BIRTHS: dict[str, Callable[[Settings, Initializer | None], BirthRule]] = {
+    "clone": lambda s, initializer: Clone(initializer),
+    "split": lambda s, initializer: Split(initializer),
+    "reinject": _reinject,
+}

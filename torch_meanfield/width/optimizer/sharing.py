@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_meanfield._torch import init_optimizer_hooks, mark_hooked, optimizer_hooks, patch_step, steps_under_amp
 from torch_meanfield.particles.optimizer_state import check_undivided
+from torch_meanfield.width.optimizer.wrapped_state import check_wrapped
 
 
 def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,19 +24,18 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def hooked(*args: Any, **kwargs: Any) -> Any:
         self = args[0]
-        for pre in list(self._optimizer_step_pre_hooks.values()):
+        for pre in optimizer_hooks(self, "step_pre"):
             result = pre(self, args, kwargs)
             if result is not None:
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise RuntimeError(f"step: a pre-hook must return None or (new_args, new_kwargs), got {result!r}")
                 args, kwargs = result
         out = step(*args, **kwargs)
-        for post in list(self._optimizer_step_post_hooks.values()):
+        for post in optimizer_hooks(self, "step_post"):
             post(self, args, kwargs)
         return out
 
-    cast(Any, hooked).hooked = True  # what torch's own patching asks for
-    return hooked
+    return mark_hooked(hooked)
 
 
 class Lent:
@@ -84,19 +84,13 @@ class SharingOptimizer(Optimizer):
         check_undivided(optimizer)
         self.optimizer = optimizer
         # Not Optimizer.__init__, which would make groups and state of its own; what else it makes is made here.
-        self._make_hooks()
-        self._patch_step_function()
-
-    def _make_hooks(self) -> None:
-        for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post"):
-            self.__dict__.setdefault(f"_optimizer_{name}_hooks", OrderedDict())
-        for name in ("load_state_dict_pre", "load_state_dict_post"):
-            self.__dict__.setdefault(f"_optimizer_{name}_hooks", OrderedDict())
+        init_optimizer_hooks(self)
+        patch_step(self)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether the wrapped optimizer unscales gradients in its own step (fused ones do)."""
-        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+        return steps_under_amp(self.optimizer)
 
     def __getattr__(self, name: str) -> Any:
         # Only what is not found otherwise. Optimizers have attributes and methods of their own (``train``/``eval`` of
@@ -113,7 +107,44 @@ class SharingOptimizer(Optimizer):
         """See :meth:`torch.optim.Optimizer.zero_grad`."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def load_wrapped(self, state_dict: dict[str, Any]) -> None:
+    def _own_state(self) -> dict[str, Any]:
+        """What the wrapper adds to the wrapped optimizer's state dict."""
+        return {}
+
+    def _take_own(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+        """Take out of ``state_dict`` what :meth:`_own_state` added, check it, and return what loads it."""
+        return lambda: None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict, whole, and what the wrapper adds."""
+        for pre in optimizer_hooks(self, "state_dict_pre"):
+            pre(self)
+        out = {**self.optimizer.state_dict(), **self._own_state()}
+        for post in optimizer_hooks(self, "state_dict_post"):
+            result = post(self, out)
+            out = out if result is None else result
+        return out
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, whole or not at all; ``param_groups`` and ``state`` stay those objects.
+
+        Raises:
+            ValueError: the state is damaged or of another model; the entry is named. Nothing has been loaded then.
+        """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
+        for pre in optimizer_hooks(self, "load_state_dict_pre"):
+            result = pre(self, state_dict)
+            state_dict = state_dict if result is None else result
+        load_own = self._take_own(state_dict)
+        check_wrapped(state_dict, self.optimizer)
+        self._load_wrapped(state_dict)
+        load_own()
+        for post in optimizer_hooks(self, "load_state_dict_post"):
+            post(self)
+
+    def _load_wrapped(self, state_dict: dict[str, Any]) -> None:
         """Load the wrapped optimizer; ``param_groups``, its dicts and ``state`` stay the objects they were.
 
         torch makes new ones, and whoever held the old ones would drive nothing.

@@ -11,19 +11,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torch_meanfield._torch import init_optimizer_hooks, patch_step
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.no_compile import eagerly
 from torch_meanfield.particles.optimizer_state import check_flat, check_state
 from torch_meanfield.particles.population import Slice, tensors_of
-from torch_meanfield.width.births.initialisers import Initializer
-from torch_meanfield.width.optimizer import checkpoint as saved
+from torch_meanfield.width.births.reinject import Initializer
+from torch_meanfield.width.births.rule import BirthRule
+from torch_meanfield.width.draws import Draws
+from torch_meanfield.width.optimizer import checkpoint
 from torch_meanfield.width.optimizer.declared import declared
 from torch_meanfield.width.optimizer.discovery import Glimpse, discovered
 from torch_meanfield.width.optimizer.settings import Births, Scheme, Settings
 from torch_meanfield.width.optimizer.sharing import SharingOptimizer, with_own_hooks
-from torch_meanfield.width.optimizer.wrapped_state import check_wrapped
 from torch_meanfield.width.turnover.blocks import Blocks
-from torch_meanfield.width.turnover.dynamics import Dynamics, Event
+from torch_meanfield.width.turnover.decide import TurnoverRule
+from torch_meanfield.width.turnover.dynamics import Dynamics
+from torch_meanfield.width.turnover.event import Event, Events
+from torch_meanfield.width.turnover.tracked import Tracked
 
 Declared = Neurons | nn.Module | Sequence[Slice | tuple[Tensor, int]]
 
@@ -136,8 +141,8 @@ class BirthDeathOptimizer(SharingOptimizer):
         populations: Literal["auto"] | Declared | Sequence[Declared] = "auto",
         rate: float = 0.1,
         every: int = 200,
-        births: Births | None = None,
-        scheme: Scheme = "standing_out",
+        births: Births | BirthRule | None = None,
+        scheme: Scheme | TurnoverRule = "standing_out",
         reinject: float = 0.0,
         steep: bool = True,
         mass: float = 2.0,
@@ -150,10 +155,6 @@ class BirthDeathOptimizer(SharingOptimizer):
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer)
-        if births is None:
-            births = "clone" if scheme == "exact" else "reinject"
-        if window is None:
-            window = 1.0 if scheme == "exact" else max(1.0, every / 2) if isinstance(every, int) else 1.0
         self.settings = Settings(
             rate, every, births, scheme, reinject, bool(steep), mass, candidates, window, threshold, batch_size
         )
@@ -161,10 +162,11 @@ class BirthDeathOptimizer(SharingOptimizer):
             raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be callable or None, got {type(initializer).__name__}")
+        self._rules = self.settings.rules(initializer)
         self.clock = 0
         self.enabled = True
-        self._model, self._initializer = model, initializer
-        self._generator = torch.Generator().manual_seed(seed)
+        self._model = model
+        self._draws = Draws(torch.Generator().manual_seed(seed))
         self._callbacks: OrderedDict[int, Callable[[Event], None]] = OrderedDict()
         self._dynamics: Dynamics | None = None
         self._glimpse: Glimpse | None = None
@@ -187,13 +189,41 @@ class BirthDeathOptimizer(SharingOptimizer):
     @property
     def populations(self) -> list[Neurons | Blocks]:
         """The populations that are acted on."""
-        return [] if self._dynamics is None else list(self._dynamics.populations)
+        return [each.population for each in self._tracked]
+
+    @property
+    def _tracked(self) -> list[Tracked]:
+        return [] if self._dynamics is None else self._dynamics.tracked
+
+    def potentials(self) -> dict[str, Tensor]:
+        """The averaged potential of every unit, by name of its population; shape ``(n,)``, 0 where nothing was seen."""
+        return {each.name: each.evidence().mean for each in self._tracked}
+
+    def ages(self) -> dict[str, Tensor]:
+        """Over how many steps every unit has been watched since its birth, by name of its population; ``(n,)``."""
+        return {each.name: each.evidence().age.clone() for each in self._tracked}
+
+    def dormant(self) -> dict[str, Tensor]:
+        """Which units reached nothing at any step of a window, by name of their population; bool ``(n,)``.
+
+        ``.float().mean()`` of it is the dormant share of the population.
+        """
+        return {each.name: each.evidence().dormant for each in self._tracked}
 
     def _settle(self, populations: list[Neurons | Blocks]) -> None:
-        dynamics = Dynamics(populations, self._model, self.settings, self._generator, self._initializer)
+        turnover, births, window = self._rules
+        events = Events(turnover, births, self.settings.reinject, self._draws, self.settings)
+        dynamics = Dynamics(
+            populations,
+            self._model,
+            events,
+            every=self.settings.every,
+            window=window,
+            batch_size=self.settings.batch_size,
+        )
         if self._pending is not None:
-            saved.check(self._pending, dynamics)
-            saved.unpack_(self._pending, dynamics)
+            checkpoint.check(self._pending, dynamics)
+            checkpoint.unpack_(self._pending, dynamics)
             self._pending = None
         self._dynamics = dynamics
         dynamics.watch(self.clock)
@@ -267,17 +297,15 @@ class BirthDeathOptimizer(SharingOptimizer):
         dynamics = self._dynamics
         assert dynamics is not None
         if not self._checked:
-            for population in dynamics.populations:
+            for population in self.populations:
                 check_flat(self.optimizer, tensors_of(population.columns), population.name)
                 for column in population.columns:
                     check_state(self.optimizer, column, population.name)
             self._checked = True
         self.clock += 1
-        dynamics.advance(self.optimizer)
-        if self.clock % self.settings.every == 0:
-            for event in dynamics.event(self.optimizer, self.clock):
-                for callback in list(self._callbacks.values()):
-                    callback(event)
+        for event in dynamics.step(self.optimizer, self.clock):
+            for callback in list(self._callbacks.values()):
+                callback(event)
         dynamics.watch(self.clock)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -312,14 +340,10 @@ class BirthDeathOptimizer(SharingOptimizer):
         dict as it is (torch ignores the key), and this wrapper loads a bare optimizer's. Of what data-parallel ranks
         see each for itself before an event it holds this rank's part: see :meth:`birth_death_state`.
         """
-        for pre in list(self._optimizer_state_dict_pre_hooks.values()):
-            pre(self)
-        out = dict(self.optimizer.state_dict())
-        out[saved.KEY] = self._packed()
-        for post in list(self._optimizer_state_dict_post_hooks.values()):
-            result = post(self, out)
-            out = out if result is None else result
-        return out
+        return super().state_dict()
+
+    def _own_state(self) -> dict[str, Any]:
+        return {checkpoint.KEY: self._packed()}
 
     def birth_death_state(self) -> dict[str, Any]:
         """The entry ``"birth_death"`` of :meth:`state_dict` with the parts of all ranks; call it on all of them.
@@ -327,7 +351,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         Any number of ranks can go on from it. To be saved with ``torch.save`` beside what the tools of
         ``torch.distributed.checkpoint`` take of this optimizer.
         """
-        return saved.pack_all(self._packed()) if self._pending is None else self._pending
+        return checkpoint.pack_all(self._packed()) if self._pending is None else self._pending
 
     def load_birth_death_state(self, state: dict[str, Any]) -> None:
         """Load :meth:`birth_death_state`, after the wrapped optimizer.
@@ -335,21 +359,21 @@ class BirthDeathOptimizer(SharingOptimizer):
         Raises:
             ValueError: it is damaged or of another model; the entry is named. Nothing has been loaded then.
         """
-        saved.check_version(state)
+        checkpoint.check_entry(state)
         if self._dynamics is not None:
-            saved.check(state, self._dynamics)
+            checkpoint.check(state, self._dynamics)
         self._unpack(state)
 
     def _packed(self) -> dict[str, Any]:
-        return saved.pack(self._dynamics, self.clock, self._generator) if self._pending is None else self._pending
+        return checkpoint.pack(self._dynamics, self.clock, self._draws.generator) if self._pending is None else self._pending
 
     def _unpack(self, ours: dict[str, Any]) -> None:
         self.clock = int(ours["clock"])
-        self._generator.set_state(ours["generator"].cpu())
+        self._draws.generator.set_state(ours["generator"].cpu())
         if self._dynamics is None:
             self._pending = ours
         else:
-            saved.unpack_(ours, self._dynamics)
+            checkpoint.unpack_(ours, self._dynamics)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or a bare optimizer's state; then averages begin anew.
@@ -359,50 +383,42 @@ class BirthDeathOptimizer(SharingOptimizer):
         Raises:
             ValueError: the state is damaged or of another model; the entry is named. Nothing has been loaded then.
         """
-        if not isinstance(state_dict, dict):
-            raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
-        state_dict = dict(state_dict)
-        for pre in list(self._optimizer_load_state_dict_pre_hooks.values()):
-            result = pre(self, state_dict)
-            state_dict = state_dict if result is None else result
-        bare = saved.KEY not in state_dict
-        ours = state_dict.pop(saved.KEY, None)
+        super().load_state_dict(state_dict)
+
+    def _take_own(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+        bare = checkpoint.KEY not in state_dict
+        ours = state_dict.pop(checkpoint.KEY, None)
         if not bare:
-            saved.check_version(ours)
+            checkpoint.check_entry(ours)
             if self._dynamics is not None:
-                saved.check(ours, self._dynamics)
-        check_wrapped(state_dict, self.optimizer)
-        self.load_wrapped(state_dict)
-        self._checked = False
-        if bare:
+                checkpoint.check(ours, self._dynamics)
+
+        def load() -> None:
+            self._checked = False
+            if not bare:
+                self._unpack(ours)
+                return
             self.clock = 0
             if self._dynamics is not None:
                 self._dynamics.begin_anew()
-        else:
-            self._unpack(ours)
-        for post in list(self._optimizer_load_state_dict_post_hooks.values()):
-            post(self)
+
+        return load
 
     def __getstate__(self) -> dict[str, Any]:
-        hooks = {k for k in self.__dict__ if k.startswith("_optimizer_")} | {"_callbacks", "_generator", "step"}
-        out = {k: v for k, v in self.__dict__.items() if k not in hooks and k not in ("_opt_called", "_glimpse")}
-        return {**out, "_generator_state": self._generator.get_state(), "_glimpsing": self._glimpse is not None}
+        left_out = {"_callbacks", "step", "_opt_called", "_glimpse"}
+        out = {k: v for k, v in self.__dict__.items() if k not in left_out and not k.startswith("_optimizer_")}
+        return {**out, "_glimpsing": self._glimpse is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        generator, glimpsing = state.pop("_generator_state"), state.pop("_glimpsing")
+        glimpsing = state.pop("_glimpsing")
         self.__dict__.update(state)
-        self._generator = torch.Generator()
-        self._generator.set_state(generator)
         self._callbacks = OrderedDict()
         self._glimpse = Glimpse(self._model) if glimpsing and self._model is not None else None
         if self._dynamics is not None:
-            self._dynamics.generator = self._generator
-            self._dynamics.batch.resume()
-            for recorder in self._dynamics.recorders.values():
-                recorder.resume()
-        self._make_hooks()
-        self._patch_step_function()
+            self._dynamics.resume()
+        init_optimizer_hooks(self)
+        patch_step(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.populations)} populations, {self.settings}) around {self.optimizer!r}"

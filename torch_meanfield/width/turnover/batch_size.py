@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from torch_meanfield._torch import untransformed
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.ranks import of_all_ranks
-from torch_meanfield.width.births.recorder import Tap, in_backward
+from torch_meanfield._torch import in_backward
+from torch_meanfield.width.births.recorder import Tap
 from torch_meanfield.width.turnover.blocks import Blocks
 
 
@@ -123,5 +124,5 @@ def seen_at(populations: Sequence[Neurons | Blocks], model: nn.Module | None) ->
                 if id(column.tensor) in homes:
                     return homes[id(column.tensor)], column.tensor
         elif model is not None:
-            return population.module, population.position
+            return population.module, population.parameter
     return None

@@ -56,8 +56,8 @@ class Blocks:
         return self.layer.population().columns
 
     @property
-    def position(self) -> Tensor:
-        """The parameter whose gradient the potential is read from."""
+    def parameter(self) -> Tensor:
+        """The positions: the parameter whose gradient the potential is read from."""
         position = self.layer.position()
         assert position is not None
         return position
@@ -65,11 +65,18 @@ class Blocks:
     def parameters(self) -> list[Tensor]:
         """Every parameter of a block, and the positions."""
         stacked = [t for c in self.columns if isinstance(c, Stack) for t in c.tensors if isinstance(t, nn.Parameter)]
-        return [*stacked, self.position]
+        return [*stacked, self.parameter]
 
     def potential(self) -> Tensor | None:
         """Of every block, shape ``(n,)``."""
         return self.layer.potential()
+
+    def read_into(self, out: Tensor) -> bool:
+        """Write the present potentials to ``out``, ``(n,)``; ``False`` if there are none."""
+        value = self.potential()
+        if value is not None:
+            out.copy_(value)
+        return value is not None
 
     def resample_(self, index: Tensor, optimizers: Iterable[Optimizer]) -> Tensor:
         """Carry ``index`` out; returns the index as it was carried out (in the order of the times)."""

@@ -2,16 +2,18 @@ r"""Potentials: what the loss says of each unit, read off gradients that exist a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torch_meanfield.particles import Slice
+from torch_meanfield.particles import Neurons, Slice
 from torch_meanfield.particles.copying import whole
-from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.width.turnover.blocks import Blocks
+
+STEPS = 32  # how many steps' potentials are kept before they are averaged, unless that takes much memory
+ENTRIES = 2**20
 
 
 def potential(population: Neurons | Blocks) -> Tensor | None:
@@ -30,27 +32,69 @@ def potential(population: Neurons | Blocks) -> Tensor | None:
 
     Source: Rotskoff et al. 2019; Rotskoff 2020, (22), by the homogeneity (5).
     """
-    return _reader(population)()
+    return population.potential() if isinstance(population, Blocks) else Outgoing(population.outgoing).potential()
 
 
-def _reader(population: Neurons | Blocks) -> Callable[[], Tensor | None]:
-    """What reads the potentials of ``population``; its columns are looked up once, not at every step."""
-    return population.potential if isinstance(population, Blocks) else partial(_total, population.outgoing)
+class Reader(Protocol):
+    """What :class:`Averages` reads at every step: the potentials of one population.
+
+    Attributes:
+        size: number of units n.
+    """
+
+    size: int
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that tells the population's device and precision, and whose learning rate is its clock."""
+        ...
+
+    def read_into(self, out: Tensor) -> bool:
+        """Write the present potentials to ``out``, ``(n,)``; ``False`` if there are none."""
+        ...
 
 
-def read_from(population: Neurons | Blocks) -> Tensor:
-    """The parameter that tells a population's device and whose learning rate is its clock."""
-    return population.position if isinstance(population, Blocks) else population.outgoing[0].tensor
+class Outgoing:
+    """Reads the potentials of neurons from their outgoing weights.
 
+    Args:
+        columns: the outgoing columns of one population.
+    """
 
-def _total(outgoing: Sequence[Slice]) -> Tensor | None:
-    total: Tensor | None = None
-    for column in outgoing:
-        if column.tensor.grad is None:
-            return None
-        part = _product(column, column.tensor.grad)
-        total = part if total is None else total + part
-    return total
+    def __init__(self, columns: Sequence[Slice]) -> None:
+        self.columns = columns
+        self.size = columns[0].size
+        first = columns[0]
+        # One plain matrix, which most populations have, is read by one call.
+        plain = len(columns) == 1 and first.tensor.ndim == 2 and first.outer == first.inner == 1
+        self._matrix = first.tensor if plain and type(first.tensor) is nn.Parameter else None
+        self._along = 1 - first.dim
+
+    @property
+    def parameter(self) -> Tensor:
+        """See :attr:`Reader.parameter`."""
+        return self.columns[0].tensor
+
+    def potential(self) -> Tensor | None:
+        """See :func:`potential`."""
+        total: Tensor | None = None
+        for column in self.columns:
+            if column.tensor.grad is None:
+                return None
+            part = _product(column, column.tensor.grad)
+            total = part if total is None else total + part
+        return total
+
+    def read_into(self, out: Tensor) -> bool:
+        """See :meth:`Reader.read_into`."""
+        matrix = self._matrix
+        if matrix is not None and type(grad := matrix.grad) is Tensor and grad.dtype == matrix.dtype == out.dtype:
+            torch.linalg.vecdot(matrix, grad, dim=self._along, out=out)
+            return True
+        value = self.potential()
+        if value is not None:
+            out.copy_(value)
+        return value is not None
 
 
 def _product(column: Slice, grad: Tensor) -> Tensor:
@@ -76,39 +120,72 @@ class Averages:
 
     and :math:`m_i / w_i` is the averaged potential, :math:`q_i / w_i` its mean square step by step. A unit whose
     potential only fluctuates has :math:`m_i^2 \ll q_i w_i`. ``quiet`` counts the steps in a row at which it was
-    exactly 0, which is a unit that reaches nothing (a dead ReLU). The four are rows of one tensor, so that one step
-    costs a handful of small operations whatever the number of populations.
+    exactly 0, which is a unit that reaches nothing (a ReLU that never fires), ``age`` the steps at which it was
+    watched. The five are rows of one table.
+
+    The potentials of the last steps wait in a buffer until somebody asks for the averages or the buffer is full, so
+    that most steps cost one product for each population; the averages are the same bits whenever they are taken.
 
     Kept here and not in ``optimizer.state``: optimizers initialise lazily on an empty state, and loading one casts
     what is in it to the parameter's dtype.
 
     Args:
-        populations: all on one device.
+        readers: of populations that all are on one device.
         window: length of the average in steps.
     """
 
-    def __init__(self, populations: Sequence[Neurons | Blocks], window: float) -> None:
-        self.populations = list(populations)
-        self.decay = 1 - 1 / window
-        self._readers = [_reader(p) for p in self.populations]
-        double = any(read_from(p).dtype == torch.float64 for p in self.populations)
-        self.sizes = [p.size for p in self.populations]
-        self.dtype, self.device = torch.float64 if double else torch.float32, read_from(self.populations[0]).device
-        self.table = torch.zeros(4, sum(self.sizes), dtype=self.dtype, device=self.device)
-        self.ok = torch.ones((), dtype=torch.bool, device=self.device)
+    def __init__(self, readers: Sequence[Reader], window: float) -> None:
+        self.readers = list(readers)
+        self.window = window
+        self._weight = 1 - (1 - 1 / window)  # of the newest step
+        self.sizes = [r.size for r in self.readers]
+        double = any(r.parameter.dtype == torch.float64 for r in self.readers)
+        self.dtype, self.device = torch.float64 if double else torch.float32, self.readers[0].parameter.device
+        self._table = torch.zeros(5, sum(self.sizes), dtype=self.dtype, device=self.device)
+        self._ok = torch.ones((), dtype=torch.bool, device=self.device)
+        self._empty()
+
+    def _empty(self) -> None:
+        n = sum(self.sizes)
+        steps = max(4, min(STEPS, ENTRIES // n))
+        self._buffer = torch.zeros(steps, n, dtype=self.dtype, device=self.device)
+        self._parts = [row.split(self.sizes) for row in self._buffer]
+        self._present: list[Tensor | None] = []  # for each row: which entries were read, None for all
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._fold()
+        return {k: v for k, v in self.__dict__.items() if k not in ("_buffer", "_parts", "_present")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._empty()
+
+    @property
+    def table(self) -> Tensor:
+        """The rows (m, q, w, quiet, age) of all populations, beside each other."""
+        self._fold()
+        return self._table
+
+    @property
+    def ok(self) -> Tensor:
+        """Whether the potentials that were read last are finite, and their step was not skipped; bool ``()``."""
+        self._fold()
+        return self._ok
+
+    def of(self, i: int) -> Tensor:
+        """The rows (m, q, w, quiet, age) of population i; shape ``(5, n)``, a view."""
+        start = sum(self.sizes[:i])
+        return self.table[:, start : start + self.sizes[i]]
 
     def follow_device_(self) -> bool:
         """Go where the populations are now, after ``model.to(device)``; whether that is elsewhere."""
-        device = read_from(self.populations[0]).device
+        device = self.readers[0].parameter.device
         moved = device != self.device
         if moved:
-            self.device, self.table, self.ok = device, self.table.to(device), self.ok.to(device)
+            table, ok = self.table, self._ok
+            self.device, self._table, self._ok = device, table.to(device), ok.to(device)
+            self._empty()
         return moved
-
-    def of(self, i: int) -> Tensor:
-        """The rows (m, q, w, quiet) of population i; shape ``(4, n)``, a view."""
-        start = sum(self.sizes[:i])
-        return self.table[:, start : start + self.sizes[i]]
 
     @torch.no_grad()
     def read(self, scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
@@ -118,56 +195,48 @@ class Averages:
             scale: what the gradients are still multiplied by (a ``GradScaler`` over a fused optimizer).
             found_inf: not 0 if the optimizer will skip this step on the device.
         """
-        values = [read() for read in self._readers]
-        seen = [v for v in values if v is not None]
-        if not seen:
-            return
+        k = len(self._present)
+        seen = [reader.read_into(out) for reader, out in zip(self.readers, self._parts[k], strict=True)]
         present = None
-        if len(seen) < len(values):
+        if not all(seen):
+            if not any(seen):
+                return
+            for was_seen, out in zip(seen, self._parts[k], strict=True):
+                if not was_seen:
+                    out.zero_()
             present = torch.cat(
-                [self.table.new_full((n,), v is not None) for n, v in zip(self.sizes, values, strict=True)]
+                [self._buffer.new_full((n,), s, dtype=torch.bool) for n, s in zip(self.sizes, seen, strict=True)]
             )
-            values = [self.table.new_zeros(n) if v is None else v for n, v in zip(self.sizes, values, strict=True)]
-        value = torch.cat([v.to(self.dtype) for v in values if v is not None])
         if scale is not None:
-            value = value / scale.to(self.device)
-        ok = value.sum().isfinite()  # a sum is not finite if one of its terms is not
+            self._buffer[k].div_(scale.to(self.device))
         if found_inf is not None:
-            ok = ok & (found_inf.to(self.device) == 0).all()
-        self.ok = ok
-        keep = ok if present is None else ok & present.bool()
-        zero = value == 0
-        new = torch.stack([value, value.square(), torch.ones_like(value), zero.to(self.dtype)])
-        # rows 0..2 are averages; row 3 counts
-        averaged = self.table[:3].lerp(new[:3], 1 - self.decay)
-        counted = (self.table[3] + 1) * new[3]
-        self.table.copy_(torch.where(keep, torch.cat([averaged, counted[None]]), self.table))
+            self._buffer[k].masked_fill_((found_inf.to(self.device) != 0).any(), torch.nan)
+        self._present.append(present)
+        if len(self._present) == len(self._buffer):
+            self._fold()
 
-    def mature(self, i: int) -> Tensor:
-        """Which units of population i have been watched for a window's length; bool, shape ``(n,)``."""
-        watched = self.of(i)[2]
-        # after a window's length the weight is 1 - decay^window; a little less, for rounding
-        return watched.gt(1 - self.decay ** (0.999 / (1 - self.decay)) if self.decay > 0 else 0.0)
-
-    def mean(self, i: int) -> Tensor:
-        """Averaged potentials of population i, shape ``(n,)``; 0 where nothing has been seen."""
-        rows = self.of(i)
-        return rows[0] / rows[2].clamp_min(torch.finfo(self.dtype).tiny)
-
-    def coherence(self, i: int) -> Tensor:
-        r"""Averaged potential over its root mean square, in [-1, 1]: 1 if it was the same always, near 0 if noise."""
-        return self.mean(i) / self.square(i).sqrt().clamp_min(torch.finfo(self.dtype).tiny)
-
-    def square(self, i: int) -> Tensor:
-        """Averaged squares of the potentials of population i, shape ``(n,)``; 0 where nothing has been seen."""
-        rows = self.of(i)
-        return rows[1] / rows[2].clamp_min(torch.finfo(self.dtype).tiny)
-
-    def move_(self, i: int, index: Tensor) -> None:
-        """The averages go where their particles go: ``new[j] = old[index[j]]``."""
-        rows = self.of(i)
-        rows.copy_(rows.index_select(1, index.to(self.device)))
-
-    def forget_(self, i: int, places: Tensor) -> None:
-        """Newborn units have no past."""
-        self.of(i).index_fill_(1, places.to(self.device), 0)
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Average what waits in the buffer, step by step."""
+        steps = len(self._present)
+        if not steps:
+            return
+        present, self._present = self._present, []
+        values = self._buffer[:steps]
+        fine = values.sum(1, keepdim=True).isfinite()  # a sum is not finite if one of its terms is not
+        self._ok = fine[-1, 0]
+        keep = fine
+        if any(p is not None for p in present):
+            everywhere = torch.ones_like(values[0], dtype=torch.bool)
+            keep = fine & torch.stack([everywhere if p is None else p for p in present])
+        values = torch.where(keep, values, 0)
+        new = torch.stack([values, values.square(), torch.ones_like(values)], 1)
+        weight = torch.where(keep, self._weight, 0.0).to(self.dtype)[:, None]
+        for row, w in zip(new, weight, strict=True):
+            self._table[:3].lerp_(row, w)
+        nonzero = keep & (values != 0)
+        counted = keep.to(self.dtype).expand_as(values)
+        silent = nonzero.flip(0).cumsum(0).flip(0) == 0  # from that step on
+        quiet, age = self._table[3], self._table[4]
+        quiet.mul_(~nonzero.any(0)).add_((counted * silent).sum(0))
+        age.add_(counted.sum(0))
