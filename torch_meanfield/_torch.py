@@ -91,6 +91,11 @@ def state_dict_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any
     return module._state_dict_hooks
 
 
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether hooks can be registered on ``module``: not while it is still being unpickled. Asks ``__dict__``."""
+    return "_forward_hooks" in module.__dict__
+
+
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether ``module(x)`` is ``module.forward(x)``: no hook of its own or global, and not ``Module.compile``.
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch_meanfield.width.births.newborns import split_
 
 from tests.properties.strategies import SEEDS
 from tests.width.optimizers import OPTIMIZERS, Net, batch, train, wrap
 from tools.faults.hostile_files import fingerprint
 from torch_meanfield import Slice, transport_
 from torch_meanfield.particles.neurons import neurons_from
-from torch_meanfield.width.births.newborns import split_
 from torch_meanfield.width.turnover import rates
 
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch_meanfield.width.births.newborns import draw, split_
 
 from tests.width.optimizers import Net, backward, batch, train, weights, wrap
 from torch_meanfield.particles import Slice, follow, place_, transport_
 from torch_meanfield.particles.slices import places_of, read_rows, scale_rows_, write_rows_
 from torch_meanfield.width import BirthDeathOptimizer, Event, Neurons
 from torch_meanfield.width.births.initialisers import Law, laws_of
-from torch_meanfield.width.births.newborns import draw, split_
 
 
 def neurons(model: Net) -> Neurons:

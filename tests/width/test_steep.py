@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_meanfield.width.births.newborns import draw
+from torch_meanfield.width.births.steep_births import steep_values
 
 from torch_meanfield.particles import Slice
 from torch_meanfield.width import BirthDeathOptimizer, Neurons, births
 from torch_meanfield.width.births.activations import KNOWN, recognise
 from torch_meanfield.width.births.initialisers import Law, laws_of
 from torch_meanfield.width.births.landscape import landscape, place
-from torch_meanfield.width.births.newborns import draw
 from torch_meanfield.width.births.recorder import Recorder, site_of
-from torch_meanfield.width.births.steep_births import steep_values
 from torch_meanfield.width.optimizer.settings import Settings
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from torch_meanfield.particles.copying import whole
 from torch_meanfield.particles import Neurons
+from torch_meanfield.particles.copying import whole
 
 
 @dataclass(frozen=True)

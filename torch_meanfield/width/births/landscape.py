@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torch_meanfield._torch import convolve
 from torch_meanfield.particles.ranks import of_all_ranks, rows_of_all_ranks
 from torch_meanfield.width.births.activations import Activation, recognise
 from torch_meanfield.width.births.recorder import LandscapeRecorder, Surroundings
@@ -65,7 +66,7 @@ class Landscape:
         """w . x for all rows and candidates: ``(rows, k)`` or ``(images, k, *size)``."""
         if self.around.linear:
             return F.linear(self.x, weight, bias)
-        h: Tensor = self.around.first._conv_forward(self.x, weight, bias)
+        h: Tensor = convolve(self.around.first, self.x, weight, bias)
         return h
 
     def statistics(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -88,7 +89,7 @@ class Landscape:
         with torch.enable_grad():
             kernel = units.new_zeros((m.out_channels, units.shape[1], *m.kernel_size), requires_grad=True)
             # the layer's own padding, stride and dilation, with other weights
-            y = m._conv_forward(units, kernel, None)
+            y = convolve(m, units, kernel, None)
             (out,) = torch.autograd.grad(y, kernel, self.g, create_graph=units.requires_grad)
         return out
 
@@ -104,7 +105,7 @@ class Landscape:
         else:
             u = torch.stack(
                 [
-                    (self.around.last._conv_forward(units[:, j : j + 1], slope[:, j : j + 1], None) * self.g)
+                    (convolve(self.around.last, units[:, j : j + 1], slope[:, j : j + 1], None) * self.g)
                     .flatten(1)
                     .sum(1)
                     for j in range(units.shape[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_meanfield._torch import untransformed
+from torch_meanfield._torch import forward_hooks, in_backward, takes_hooks, untransformed
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.ranks import world
 from torch_meanfield.width.births.activations import Activation
@@ -78,11 +78,6 @@ def surroundings_of(population: Neurons, model: nn.Module | None) -> Surrounding
     return Surroundings(first, last, norm, cast(Tensor, first.weight), population.outgoing[0].tensor)
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running: a forward pass that is made in it is recomputed from a checkpoint."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
 class Tap:
     """A forward hook that calls a method of its recorder; a copy of the model gets one that removes itself.
 
@@ -100,7 +95,7 @@ class Tap:
         if recorder is not None:
             getattr(recorder, self.method)(module, args, output)
             return
-        hooks = module._forward_hooks  # torch iterates over a copy
+        hooks = forward_hooks(module)  # torch iterates over a copy
         for key in [k for k, hook in hooks.items() if hook is self]:
             del hooks[key]
 
@@ -156,8 +151,8 @@ class LandscapeRecorder:
         if not self.wanted or self._handles:
             return
         middle = self.around.norm if self.around.norm is not None else self.around.first
-        if any("_forward_hooks" not in m.__dict__ for m in (self.around.first, middle, self.around.last)):
-            return  # a module that is still being unpickled
+        if not all(takes_hooks(m) for m in (self.around.first, middle, self.around.last)):
+            return
         for module, name in ((self.around.first, "_at_first"), (middle, "_at_middle"), (self.around.last, "_at_last")):
             self._handles.append(module.register_forward_hook(Tap(self, name)))
 
@@ -207,7 +202,7 @@ class LandscapeRecorder:
         return x.detach().reshape(-1, x.shape[-1]) if self.around.linear else x.detach()
 
     def _stride(self, x: Tensor) -> int:
-        """The distance between the rows of ``x`` that are kept, which are evenly spaced, so that all ranks keep the same."""
+        """The distance between the rows of ``x`` that are kept: even, so that all ranks keep the same."""
         keep = self.share if self.around.linear else self.share // max(1, x[0, 0].numel())
         return max(1, len(x) // max(1, keep))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_meanfield.particles import Neurons, Slice
+from torch_meanfield.particles import Slice
 from torch_meanfield.width.births.rule import BirthRule, Vacancies
 from torch_meanfield.width.draws import Draws
 

@@ -36,8 +36,8 @@ class Vacancies:
 class BirthRule(Protocol):
     """A way of being born: one class. Pass an instance as ``BirthDeathOptimizer(..., births=...)``.
 
-    Take randomness from the ``draws`` that are passed, which are alike on all data-parallel ranks. Make it a dataclass, so that
-    ranks can compare its settings.
+    Take randomness from the ``draws`` that are passed, which are alike on all data-parallel ranks. Make it a dataclass,
+    so that ranks can compare its settings.
 
     Attributes:
         inherits: whether a vacant place is taken by the copy of another unit (:meth:`share_` is called then); otherwise
@@ -52,6 +52,7 @@ class BirthRule(Protocol):
 
     def share_(self, population: Neurons, index: Tensor, draws: Draws) -> None:
         """Change parents and copies, in place, after ``index`` (int64 ``(n,)``) was carried out; nothing by default."""
+        return None
 
     def newborns(self, vacancies: Vacancies, draws: Draws) -> dict[int, Tensor]:
         """What the k newborn units own, by number of the column: the shape of ``Slice.by_particle`` with k for n."""

@@ -85,7 +85,7 @@ class Steep(Reinject):
         norm = recorder.around.norm
         kept = land.statistics(placed.weight, placed.bias) if norm is not None else ()
         for name, statistic in zip(("running_mean", "running_var"), kept, strict=False):
-            # In evaluation the unit is normalised by these; the norm's own start, 0 and 1, is far off for tens of steps.
+            # In evaluation the unit is normalised by these; the norm's own start, 0 and 1, is far off for long.
             for i, column in enumerate(columns):
                 if column.tensor is getattr(norm, name, None):
                     values[i][0, :count, 0] = statistic.to(column.tensor.dtype)
@@ -101,4 +101,5 @@ class Steep(Reinject):
         slope = placed.slope[:, :given].to(a.dtype)
         size = slope.transpose(0, 1).flatten(1).norm(dim=1).clamp_min(torch.finfo(a.dtype).tiny)
         amount = self.mass * a.median() * placed.agreement[:given].to(a.dtype) / size
-        return -slope * amount.view(1, -1, *[1] * (slope.ndim - 2))
+        out: Tensor = -slope * amount.view(1, -1, *[1] * (slope.ndim - 2))
+        return out

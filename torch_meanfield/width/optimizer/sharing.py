@@ -24,14 +24,14 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def hooked(*args: Any, **kwargs: Any) -> Any:
         self = args[0]
-        for pre in optimizer_hooks(self, "step_pre"):
+        for pre in list(optimizer_hooks(self, "step_pre").values()):
             result = pre(self, args, kwargs)
             if result is not None:
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise RuntimeError(f"step: a pre-hook must return None or (new_args, new_kwargs), got {result!r}")
                 args, kwargs = result
         out = step(*args, **kwargs)
-        for post in optimizer_hooks(self, "step_post"):
+        for post in list(optimizer_hooks(self, "step_post").values()):
             post(self, args, kwargs)
         return out
 
@@ -117,10 +117,10 @@ class SharingOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, whole, and what the wrapper adds."""
-        for pre in optimizer_hooks(self, "state_dict_pre"):
+        for pre in list(optimizer_hooks(self, "state_dict_pre").values()):
             pre(self)
         out = {**self.optimizer.state_dict(), **self._own_state()}
-        for post in optimizer_hooks(self, "state_dict_post"):
+        for post in list(optimizer_hooks(self, "state_dict_post").values()):
             result = post(self, out)
             out = out if result is None else result
         return out
@@ -134,14 +134,14 @@ class SharingOptimizer(Optimizer):
         if not isinstance(state_dict, dict):
             raise ValueError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = dict(state_dict)
-        for pre in optimizer_hooks(self, "load_state_dict_pre"):
+        for pre in list(optimizer_hooks(self, "load_state_dict_pre").values()):
             result = pre(self, state_dict)
             state_dict = state_dict if result is None else result
         load_own = self._take_own(state_dict)
         check_wrapped(state_dict, self.optimizer)
         self._load_wrapped(state_dict)
         load_own()
-        for post in optimizer_hooks(self, "load_state_dict_post"):
+        for post in list(optimizer_hooks(self, "load_state_dict_post").values()):
             post(self)
 
     def _load_wrapped(self, state_dict: dict[str, Any]) -> None:

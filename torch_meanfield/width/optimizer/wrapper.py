@@ -25,7 +25,7 @@ from torch_meanfield.width.optimizer.discovery import Glimpse, discovered
 from torch_meanfield.width.optimizer.settings import Births, Scheme, Settings
 from torch_meanfield.width.optimizer.sharing import SharingOptimizer, with_own_hooks
 from torch_meanfield.width.turnover.blocks import Blocks
-from torch_meanfield.width.turnover.decide import TurnoverRule
+from torch_meanfield.width.turnover.decide import Evidence, TurnoverRule
 from torch_meanfield.width.turnover.dynamics import Dynamics
 from torch_meanfield.width.turnover.event import Event, Events
 from torch_meanfield.width.turnover.tracked import Tracked
@@ -197,18 +197,21 @@ class BirthDeathOptimizer(SharingOptimizer):
 
     def potentials(self) -> dict[str, Tensor]:
         """The averaged potential of every unit, by name of its population; shape ``(n,)``, 0 where nothing was seen."""
-        return {each.name: each.evidence().mean for each in self._tracked}
+        return self._of_each(lambda seen: seen.mean)
 
     def ages(self) -> dict[str, Tensor]:
         """Over how many steps every unit has been watched since its birth, by name of its population; ``(n,)``."""
-        return {each.name: each.evidence().age.clone() for each in self._tracked}
+        return self._of_each(lambda seen: seen.age.clone())
 
     def dormant(self) -> dict[str, Tensor]:
         """Which units reached nothing at any step of a window, by name of their population; bool ``(n,)``.
 
         ``.float().mean()`` of it is the dormant share of the population.
         """
-        return {each.name: each.evidence().dormant for each in self._tracked}
+        return self._of_each(lambda seen: seen.dormant)
+
+    def _of_each(self, read: Callable[[Evidence], Tensor]) -> dict[str, Tensor]:
+        return {each.name: read(each.evidence()) for each in self._tracked}
 
     def _settle(self, populations: list[Neurons | Blocks]) -> None:
         turnover, births, window = self._rules
@@ -365,7 +368,11 @@ class BirthDeathOptimizer(SharingOptimizer):
         self._unpack(state)
 
     def _packed(self) -> dict[str, Any]:
-        return checkpoint.pack(self._dynamics, self.clock, self._draws.generator) if self._pending is None else self._pending
+        return (
+            checkpoint.pack(self._dynamics, self.clock, self._draws.generator)
+            if self._pending is None
+            else self._pending
+        )
 
     def _unpack(self, ours: dict[str, Any]) -> None:
         self.clock = int(ours["clock"])

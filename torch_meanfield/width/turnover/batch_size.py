@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_meanfield._torch import untransformed
+from torch_meanfield._torch import in_backward, takes_hooks, untransformed
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.ranks import of_all_ranks
-from torch_meanfield._torch import in_backward
 from torch_meanfield.width.births.recorder import Tap
 from torch_meanfield.width.turnover.blocks import Blocks
 
@@ -48,7 +47,7 @@ class BatchCounter:
         """Put the hook in place if it should be and is not (after a copy, or after loading)."""
         if not self.wanted or self._handle is not None or self.module is None:
             return
-        if "_forward_hooks" in self.module.__dict__:  # else it is still being unpickled
+        if takes_hooks(self.module):
             self._handle = self.module.register_forward_hook(Tap(self, "_see"))
 
     def step(self) -> None:

@@ -106,7 +106,7 @@ class Events:
     def _carry_out(
         self, each: TrackedNeurons, turnover: Turnover, moved: int, born: int, harmful: int, optimizer: Optimizer
     ) -> Tensor:
-        """Move what survives and is cloned, then place the newborn units; their places, those of harmful units first."""
+        """Move what survives and is cloned, then place newborn units; their places, those of harmful units first."""
         population, index = each.population, turnover.index
         if moved > born:
             transport_(population, index, optimizers=[optimizer], cause="birth_death")
@@ -126,7 +126,7 @@ class Events:
         if not self.turnover.needs_batch_size:
             return None
         size = batch.size()
-        if size is None and awake and getattr(self.turnover, "rate", 1.0):
+        if size is None and awake:
             self._warn_once(
                 "BirthDeathOptimizer does not know how many samples a step has (it has no model=, or one that is "
                 "compiled or run under vmap), so no unit is replaced as harmful, only dormant ones are; pass "

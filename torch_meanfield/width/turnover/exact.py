@@ -36,9 +36,7 @@ class Exact(TurnoverRule):
         return birth_and_death(mean, self.rate * seen.elapsed, uniform(4, n), fresh=not inherits)
 
 
-def birth_and_death(
-    potential: Tensor, rate_dt: Tensor | float, draws: Tensor, *, fresh: bool = False
-) -> Turnover:
+def birth_and_death(potential: Tensor, rate_dt: Tensor | float, draws: Tensor, *, fresh: bool = False) -> Turnover:
     r"""Birth and death at the rates of the theory, the population kept exactly.
 
     .. math:: \partial_t \mu = -\alpha\,(V - \bar V)\,\mu

@@ -9,7 +9,7 @@ from torch_meanfield.width.turnover.tracked import Tracked, TrackedBlocks, Track
 
 
 def follow_(tracked: Sequence[Tracked], motion: Motion) -> None:
-    """Averages and initialisers go where ``motion`` took their block; what was recorded around a moved layer is dropped.
+    """Averages and initialisers go where ``motion`` took their block; what was recorded around it is dropped.
 
     A block that comes from a place without such a population brings no past: averages there begin anew.
     """

@@ -35,9 +35,8 @@ class StandingOut(TurnoverRule):
     rate: float
     threshold: float
 
-    needs_batch_size = True
-
     def __post_init__(self) -> None:
+        object.__setattr__(self, "needs_batch_size", self.rate > 0)
         if self.rate > 1:
             raise ValueError(
                 f"rate must be at most 1 under scheme='standing_out', where it is a share of the population; got "

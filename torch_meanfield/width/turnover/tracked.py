@@ -96,7 +96,8 @@ class Tracked(ABC):
         return self.population
 
     def check_owned(self, owned: set[int]) -> None:
-        """Raise if the optimizer does not train the population's parameters any more; ``owned`` are its identities."""
+        """Raise if the optimizer does not train the population's parameters any more, by their identities."""
+        return None
 
 
 class TrackedNeurons(Tracked):
