@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch_meanfield.width.births.newborns import split_
 
 from tests.properties.strategies import SEEDS
 from tests.width.optimizers import OPTIMIZERS, Net, batch, train, wrap
 from tools.faults.hostile_files import fingerprint
 from torch_meanfield import Slice, transport_
 from torch_meanfield.particles.neurons import neurons_from
-from torch_meanfield.width.turnover import rates
+from torch_meanfield.width.births.inherit import Split
+from torch_meanfield.width.draws import Draws
+from torch_meanfield.width.turnover.decide import Turnover, add_reinjection, from_parents, reborn
+from torch_meanfield.width.turnover.exact import birth_and_death
+from torch_meanfield.width.turnover.standing_out import standing_out
 
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "births": st.sampled_from(("clone", "split", "reinject")),
@@ -28,7 +31,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-def check(turnover: rates.Turnover, n: int) -> None:
+def check(turnover: Turnover, n: int) -> None:
     index, born = turnover.index, turnover.born
     assert index.shape == born.shape == turnover.harmful.shape == (n,)
     assert index.dtype == torch.int64 and bool(((index >= 0) & (index < n)).all())
@@ -43,7 +46,7 @@ def test_the_exact_scheme_keeps_the_population_and_kills_above_the_mean(
 ) -> None:
     torch.manual_seed(seed)
     potential = torch.randn(n, dtype=torch.float64)
-    turnover = rates.exact(potential, rate, torch.rand(4, n, dtype=torch.float64), fresh=fresh)
+    turnover = birth_and_death(potential, rate, torch.rand(4, n, dtype=torch.float64), fresh=fresh)
     check(turnover, n)
     high = potential > potential.mean()
     if rate == 1e9 and n > 1:  # all above the mean die, and none of them has a clone
@@ -56,13 +59,13 @@ def test_the_exact_scheme_keeps_the_population_and_kills_above_the_mean(
 @given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), SEEDS)
 def test_the_default_scheme_keeps_the_population_and_its_bounds(n: int, share: float, again: float, seed: int) -> None:
     torch.manual_seed(seed)
-    mean, removal = torch.randn(n).round(decimals=1), torch.randn(n)
+    mean, gain = torch.randn(n).round(decimals=1), torch.randn(n)
     mature, quiet, good = torch.rand(n) < 0.8, torch.randint(0, 8, (n,)).float(), torch.rand(n) < 0.3
-    harmful, dead = rates.standing_out(mean, mean.sign(), mature, quiet, removal, share, 0.5, 4.0)
+    harmful, dead = standing_out(mean, mean.sign(), mature, quiet, gain, share, 0.5, 4.0)
     assert int(harmful.sum()) <= int(share * n) and not bool((harmful & dead).any())
-    for turnover in (rates.reborn(harmful, dead), rates.from_parents(harmful, dead, good, torch.rand(n))):
+    for turnover in (reborn(harmful, dead), from_parents(harmful, dead, good, torch.rand(n))):
         check(turnover, n)
-        check(rates.add_reinjection(turnover, again, torch.rand(n)), n)
+        check(add_reinjection(turnover, again, torch.rand(n)), n)
 
 
 @given(st.sampled_from(sorted(OPTIMIZERS)), st.integers(2, 9), st.fixed_dictionaries(SETTINGS))
@@ -121,5 +124,5 @@ def test_a_split_into_silent_places_keeps_the_function(parents: int, seed: int) 
         index = torch.arange(12)
         index[:4] = torch.randint(4, 4 + parents, (4,))
         transport_(population, index)
-        split_(population, index, 0.0, torch.Generator().manual_seed(seed))
+        Split(jitter=0.0).share_(population, index, Draws(torch.Generator().manual_seed(seed)))
         torch.testing.assert_close(net(x), before, rtol=0, atol=1e-12)

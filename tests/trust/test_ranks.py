@@ -174,10 +174,10 @@ def _saved(ranks):
 
 
 def _share(monkeypatch, saved, rank, of):
-    from torch_meanfield.width.optimizer import per_rank
+    from torch_meanfield.width.optimizer import rank_shares
 
-    monkeypatch.setattr(per_rank, "world", lambda: (rank, of))
-    return per_rank.share_of(saved)
+    monkeypatch.setattr(rank_shares, "world", lambda: (rank, of))
+    return rank_shares.share_of(saved)
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 4])

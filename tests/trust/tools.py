@@ -134,7 +134,7 @@ def train(
 
     def look(*args: Any) -> Any:
         batches.append(size())
-        recorded.append([len(r.gradients) for r in dynamics.recorders.values()])
+        recorded.append([len(r.gradients) for r in dynamics.recorders])
         return event(*args)
 
     with ExitStack() as stack:

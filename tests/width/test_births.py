@@ -8,13 +8,27 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch_meanfield.width.births.newborns import draw, split_
 
 from tests.width.optimizers import Net, backward, batch, train, weights, wrap
 from torch_meanfield.particles import Slice, follow, place_, transport_
 from torch_meanfield.particles.slices import places_of, read_rows, scale_rows_, write_rows_
 from torch_meanfield.width import BirthDeathOptimizer, Event, Neurons
-from torch_meanfield.width.births.initialisers import Law, laws_of
+from torch_meanfield.width.births.inherit import Split
+from torch_meanfield.width.births.initialisers import Initialiser, initialisers_of
+from torch_meanfield.width.births.reinject import Reinject
+from torch_meanfield.width.births.rule import Vacancies
+from torch_meanfield.width.draws import Draws
+
+
+class Given(Draws):
+    """Draws from the generator it is given."""
+
+    def on(self, device: torch.device) -> torch.Generator:
+        return self.generator
+
+
+def share_(population: Neurons, index: torch.Tensor, jitter: float, generator: torch.Generator) -> None:
+    Split(jitter=jitter).share_(population, index, Given(generator))
 
 
 def neurons(model: Net) -> Neurons:
@@ -32,7 +46,7 @@ def test_split_keeps_the_function() -> None:
     before = model(x)
     transport_(neurons(model), index)
     with torch.no_grad():
-        split_(neurons(model), index, 0.0, torch.Generator())
+        share_(neurons(model), index, 0.0, torch.Generator())
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-14)
 
 
@@ -49,7 +63,7 @@ def test_split_moves_the_copies_apart_and_the_function_to_second_order() -> None
         index[3] = 7
         transport_(neurons(model), index)
         with torch.no_grad():
-            split_(neurons(model), index, jitter, torch.Generator().manual_seed(0))
+            share_(neurons(model), index, jitter, torch.Generator().manual_seed(0))
         assert not torch.equal(model.first.weight[3], model.first.weight[7])
         changes.append((model.last(act(model.first(x))) - before).detach().abs().max().item())
     assert changes[1] < changes[0] / 50  # a hundredth, if it is of second order
@@ -142,20 +156,21 @@ def test_places_of_a_mask_without_asking_how_many() -> None:
     assert places_of(mask, 3).tolist() == [1, 2, 4] and places_of(mask, 0).tolist() == []
 
 
-def test_the_law_of_a_fresh_layer_is_its_own_initialiser() -> None:
+def test_a_fresh_layer_keeps_its_own_initialiser() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 400), nn.ReLU(), nn.Linear(400, 2))
     with torch.no_grad():
         model[0].bias[:200] -= 10  # half of it dead: newborn units shall not be
     columns = [Slice(model[0].weight, 0), Slice(model[0].bias, 0), Slice(model[2].weight, 1)]
     population = Neurons(columns, ("in", "in", "out"))
-    assert laws_of(population, model) == {0: Law(0.0, 0.1, True), 1: Law(0.0, 0.1, True)}
-    declared = laws_of(population, None)
+    assert initialisers_of(population, model) == {0: Initialiser(0.0, 0.1, True), 1: Initialiser(0.0, 0.1, True)}
+    declared = initialisers_of(population, None)
     assert not declared[0].uniform and abs(declared[0].spread - 0.1 / 3**0.5) < 2e-3
     with torch.no_grad():
         model[0].weight.mul_(3)  # a loaded or otherwise initialised layer: the moments it has
-    assert not laws_of(population, model)[0].uniform
-    values = draw(population, laws_of(population, model), 50, torch.Generator().manual_seed(0), None)
+    assert not initialisers_of(population, model)[0].uniform
+    vacancies = Vacancies(population, initialisers_of(population, model), 50, 0, None)
+    values = Reinject().draw(vacancies, torch.Generator().manual_seed(0))
     assert values[0].shape == (1, 50, 1, 100) and not values[2].any()
     assert abs(float(values[0].std()) - 0.3 / 3**0.5) < 0.01
 
@@ -256,7 +271,7 @@ def test_split_is_the_literal_one(dtype: torch.dtype) -> None:
     out = torch.randn(4, n).to(dtype)
     columns = [Slice(t.clone(), d, outer=o) for t, d, o in ((wide, 0, 2), (deep, 1, 1), (out, 1, 1))]
     with torch.no_grad():
-        split_(Neurons(columns, ("in", "in", "out")), index, jitter, torch.Generator().manual_seed(5))
+        share_(Neurons(columns, ("in", "in", "out")), index, jitter, torch.Generator().manual_seed(5))
 
     generator = torch.Generator().manual_seed(5)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -282,7 +297,7 @@ def test_a_parent_whose_place_was_taken_does_not_answer_for_its_copies() -> None
     weight, out = torch.randn(3, 4), torch.randn(2, 3)
     before, generator = weight.clone(), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        split_(Neurons([Slice(weight), Slice(out, 1)], ("in", "out")), index, 0.1, generator)
+        share_(Neurons([Slice(weight), Slice(out, 1)], ("in", "out")), index, 0.1, generator)
     noise = torch.empty(1, 3, 1, 4).normal_(generator=torch.Generator().manual_seed(0))[0, :, 0]
     moved = noise * before.square().mean().sqrt() * 0.1
     torch.testing.assert_close(weight[:2], (before + moved)[:2])
@@ -302,7 +317,7 @@ def test_what_has_no_law_is_born_as_zeros_and_an_initializer_sees_the_users_layo
     columns = [Slice(torch.randn(shape, dtype=dtype), d, inner=i) for shape, d, i in shapes]
     population = Neurons(columns, ("in", "in", "in", "out"))
     generator = torch.Generator().manual_seed(3)
-    values = draw(population, {}, 2, generator, fill)
+    values = Reinject(fill).draw(Vacancies(population, {}, 2, 0, None), generator)
     # particles along the column's own dimension, but for columns of several entries for each
     assert [tuple(t.shape) for t in seen] == [(2, 2, 3), (4, 2), (4, 1, 2, 2)]
     again = torch.Generator().manual_seed(3)

@@ -104,7 +104,7 @@ def test_averaged_potentials_travel_with_the_block_their_neurons_live_in(move: s
     )
     train(layer, optimizer, 3)
     dynamics = optimizer._dynamics
-    before = [dynamics.averages_of(i).clone() for i in range(4)]
+    before = [dynamics.tracked[i].rows.clone() for i in range(4)]
     assert not torch.equal(before[0], before[1])
     if move == "resort":
         layer.set_tau_([0.9, 0.2, 0.5, 0.1])
@@ -112,7 +112,7 @@ def test_averaged_potentials_travel_with_the_block_their_neurons_live_in(move: s
     else:
         index = layer.resample_(torch.tensor([0, 2, 2, 3])).tolist()
     for place, source in enumerate(index):
-        assert torch.equal(dynamics.averages_of(place), before[source])
+        assert torch.equal(dynamics.tracked[place].rows, before[source])
 
 
 def test_a_block_without_such_neurons_brings_no_past() -> None:
@@ -121,10 +121,10 @@ def test_a_block_without_such_neurons_brings_no_past() -> None:
     inner = torch.optim.SGD(layer.parameters(), lr=1e-9)
     optimizer = BirthDeathOptimizer(inner, layer, populations=declared, every=1000)
     train(layer, optimizer, 2)
-    kept = optimizer._dynamics.averages_of(1).clone()
+    kept = optimizer._dynamics.tracked[1].rows.clone()
     layer.set_tau_([0.9, 0.2, 0.1])  # places: 2, 1, 0
-    assert not optimizer._dynamics.averages_of(0).any()
-    assert torch.equal(optimizer._dynamics.averages_of(1), kept)
+    assert not optimizer._dynamics.tracked[0].rows.any()
+    assert torch.equal(optimizer._dynamics.tracked[1].rows, kept)
 
 
 def test_at_the_defaults_a_stage_of_a_few_blocks_loses_none() -> None:

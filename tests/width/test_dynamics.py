@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.width.test_rates import literal_event
 from torch import Tensor, nn
 
 from tests.defaults import other_defaults
 from tests.width.optimizers import Net, backward, same, train, weights, wrap
-from tests.width.test_rates import literal_event
 from torch_meanfield import MeanFieldSequential, subscribe
 from torch_meanfield.width import BirthDeathOptimizer, Event
-from torch_meanfield.width.turnover import rates
 from torch_meanfield.width.turnover.blocks import Blocks
+from torch_meanfield.width.turnover.exact import birth_and_death
 
 
 def plain_reference(
@@ -75,7 +75,7 @@ def test_time_follows_the_schedule_of_the_outgoing_weights_group() -> None:
         (c * y).sum().backward()
         optimizer.step()
         scheduler.step()
-    assert optimizer._dynamics is not None and optimizer._dynamics.elapsed == [0.5 + 0.25 + 0.125]
+    assert optimizer._dynamics is not None and [t.elapsed for t in optimizer._dynamics.tracked] == [0.5 + 0.25 + 0.125]
 
 
 def test_populations_are_found_from_the_first_input() -> None:
@@ -285,9 +285,9 @@ def test_time_begins_anew_after_each_event() -> None:
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.5), scheme="exact", rate=1e-9, every=4)
     train(model, optimizer, range(3))
     dynamics = optimizer._dynamics
-    assert dynamics is not None and dynamics.elapsed == [1.5]
+    assert dynamics is not None and [t.elapsed for t in dynamics.tracked] == [1.5]
     train(model, optimizer, range(3, 5))
-    assert dynamics.elapsed == [0.5]
+    assert [t.elapsed for t in dynamics.tracked] == [0.5]
 
 
 def test_a_unit_that_was_not_watched_yet_stands_where_the_others_are_on_average() -> None:
@@ -296,20 +296,20 @@ def test_a_unit_that_was_not_watched_yet_stands_where_the_others_are_on_average(
     train(model, optimizer, range(6))
     dynamics = optimizer._dynamics
     assert dynamics is not None
-    averages = dynamics.averages[0]
-    averages.forget_(0, torch.tensor([2, 7, 11]))
-    mean = averages.mean(0).clone()
-    mature = averages.mature(0)
+    (units,) = dynamics.tracked
+    units.forget_(torch.tensor([2, 7, 11]))
+    mean, mature = units.evidence().mean.clone(), units.evidence().mature
     assert mature.tolist() == [i not in (2, 7, 11) for i in range(24)]
     mean[[2, 7, 11]] = mean[mature].mean()
-    state = dynamics.generator.get_state()
-    turnover = dynamics._decide(0, None)
-    dynamics.generator.set_state(state)
-    draws = torch.rand((4, 24), generator=dynamics.generator)
-    expected = rates.exact(mean, 3.0 * 6 * 0.5, draws)
+    generator = dynamics.events.draws.generator
+    state = generator.get_state()
+    turnover = dynamics.events._decide(units, None)
+    generator.set_state(state)
+    draws = torch.rand((4, 24), generator=generator)
+    expected = birth_and_death(mean, 3.0 * 6 * 0.5, draws)
     assert torch.equal(turnover.index, expected.index) and turnover.counts()[0] > 0
-    averages.forget_(0, torch.arange(24))  # nobody was: all are alike
-    assert dynamics._decide(0, None).counts().tolist() == [0, 0, 0]
+    units.forget_(torch.arange(24))  # none was: all are alike
+    assert dynamics.events._decide(units, None).counts().tolist() == [0, 0, 0]
 
 
 def test_under_the_exact_scheme_the_dead_can_be_drawn_anew() -> None:

@@ -313,9 +313,9 @@ def test_a_bare_state_begins_time_and_averages_anew() -> None:
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), scheme="exact", rate=0.1)
     train(model, optimizer, range(5))
     dynamics = optimizer._dynamics
-    assert dynamics is not None and dynamics.elapsed[0] > 0 and dynamics.averages[0].table.any()
+    assert dynamics is not None and dynamics.tracked[0].elapsed > 0 and dynamics.averages[0].table.any()
     optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
-    assert optimizer.clock == 0 and dynamics.elapsed == [0.0] and not dynamics.averages[0].table.any()
+    assert optimizer.clock == 0 and dynamics.tracked[0].elapsed == 0.0 and not dynamics.averages[0].table.any()
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
@@ -327,9 +327,9 @@ def test_a_copy_has_no_hooks_and_a_generator_of_its_own(way: Any) -> None:
     optimizer.register_event_hook(lambda event: pytest.fail("another's callback"))  # cannot be pickled
     optimizer.register_step_post_hook(lambda *_: pytest.fail("another's hook")).remove()
     twin, its = way((model, optimizer))
-    assert not its._callbacks and its._generator is not optimizer._generator and its.clock == 3
+    assert not its._callbacks and its._draws.generator is not optimizer._draws.generator and its.clock == 3
     assert its.step.__self__ is its and "_opt_called" not in its.__dict__
-    assert its._dynamics.generator is its._generator
+    assert its._dynamics.events.draws is its._draws
     before = weights(model)
     train(twin, its, range(3, 12))
     assert same(before, weights(model)) and optimizer.clock == 3 and its.clock == 12

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from torch_meanfield.width.turnover import rates
+from torch_meanfield.width.turnover.decide import add_reinjection, from_parents, reborn
+from torch_meanfield.width.turnover.exact import birth_and_death
+from torch_meanfield.width.turnover.standing_out import MARGIN, removal, standing_out
 
 
 def literal_event(potential: list[float], rate_dt: float, draws: torch.Tensor) -> list[int]:
@@ -35,7 +37,7 @@ def test_exact_scheme_is_the_literal_one(seed: int, rate_dt: float) -> None:
     n = 2 + seed * 9
     potential = torch.randn(n, generator=g, dtype=torch.float64) ** (1 if seed % 2 else 3)
     draws = torch.rand(4, n, generator=g, dtype=torch.float64)
-    turnover = rates.exact(potential, rate_dt, draws)
+    turnover = birth_and_death(potential, rate_dt, draws)
     assert turnover.index.tolist() == literal_event(potential.tolist(), rate_dt, draws)
     assert not turnover.born.any()
 
@@ -47,19 +49,19 @@ def test_exact_scheme_acts_at_the_rates_of_the_theory() -> None:
     potential = torch.randn(n, generator=g)
     copies = torch.zeros(n)
     for _ in range(trials):
-        copies += rates.exact(potential, dt, torch.rand(4, n, generator=g)).index.bincount(minlength=n)
+        copies += birth_and_death(potential, dt, torch.rand(4, n, generator=g)).index.bincount(minlength=n)
     expected = 1 - (potential - potential.mean()) * dt
     assert (copies / trials - expected).abs().max() < 0.03
 
 
 def test_nothing_happens_at_equal_potentials() -> None:
-    turnover = rates.exact(torch.full((9,), 3.0), 100.0, torch.rand(4, 9))
+    turnover = birth_and_death(torch.full((9,), 3.0), 100.0, torch.rand(4, 9))
     assert turnover.index.tolist() == list(range(9)) and turnover.counts().tolist() == [0, 0, 0]
 
 
 def test_exact_scheme_with_fresh_units_clones_nobody() -> None:
     potential = torch.tensor([1.0, -1.0, 5.0, -5.0])
-    turnover = rates.exact(potential, 1e6, torch.full((4, 4), 0.5), fresh=True)
+    turnover = birth_and_death(potential, 1e6, torch.full((4, 4), 0.5), fresh=True)
     assert turnover.index.tolist() == [0, 1, 2, 3]
     assert turnover.born.tolist() == [True, False, True, False]
     assert turnover.counts().tolist() == [2, 2, 2]
@@ -71,15 +73,15 @@ def test_only_what_stands_out_is_replaced() -> None:
     mature = torch.tensor([True, True, True, True, True, True, False])
     quiet = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 100.0, 0.0])
     gain = -torch.ones(7)
-    costly = rates.standing_out(mean, coherence, mature, quiet, -gain, 1.0, 0.25, 100)
+    costly = standing_out(mean, coherence, mature, quiet, -gain, 1.0, 0.25, 100)
     assert not costly[0].any() and costly[1].nonzero().flatten().tolist() == [5]  # dead all the same
-    harmful, dead = rates.standing_out(mean, coherence, mature, quiet, gain, 1.0, 0.25, 100)
+    harmful, dead = standing_out(mean, coherence, mature, quiet, gain, 1.0, 0.25, 100)
     assert harmful.nonzero().flatten().tolist() == [0, 1, 4]  # 2 is noise, 3 is useful, 6 is new
     assert dead.nonzero().flatten().tolist() == [5]
     tied = torch.ones(10), torch.ones(10), torch.ones(10, dtype=torch.bool), torch.zeros(10)
-    assert rates.standing_out(*tied, -torch.ones(10), 0.35, 0.25, 100)[0].nonzero().flatten().tolist() == [0, 1, 2]
-    most, _ = rates.standing_out(mean, coherence, mature, quiet, gain, 0.3, 0.25, 100)
-    few, still = rates.standing_out(mean, coherence, mature, quiet, gain, 0.1, 0.25, 100)
+    assert standing_out(*tied, -torch.ones(10), 0.35, 0.25, 100)[0].nonzero().flatten().tolist() == [0, 1, 2]
+    most, _ = standing_out(mean, coherence, mature, quiet, gain, 0.3, 0.25, 100)
+    few, still = standing_out(mean, coherence, mature, quiet, gain, 0.1, 0.25, 100)
     assert not few.any() and torch.equal(still, dead)  # a tenth of seven is nobody
     assert most.nonzero().flatten().tolist() == [0, 4]  # the most harmful first
 
@@ -89,8 +91,8 @@ def test_the_scale_of_the_potential_does_not_matter(scale: float) -> None:
     g = torch.Generator().manual_seed(1)
     mean, size = torch.randn(30, generator=g), torch.rand(30, generator=g) + 1
     args = (torch.ones(30, dtype=torch.bool), torch.zeros(30), -torch.ones(30), 0.2, 0.25, 100)
-    plain = rates.standing_out(mean, mean / size, *args)
-    scaled = rates.standing_out(mean * scale, (mean * scale) / (size * scale), *args)
+    plain = standing_out(mean, mean / size, *args)
+    scaled = standing_out(mean * scale, (mean * scale) / (size * scale), *args)
     assert all(torch.equal(a, b) for a, b in zip(plain, scaled, strict=True))
 
 
@@ -104,17 +106,17 @@ def test_the_cost_of_a_removal_is_read_off_the_noise(shift: float) -> None:
     v = ((u - y) * u).mean(1)  # V = a dE/da at a = 1, for each step and (independent) unit
     mean, square = v.mean(0), v.square().mean(0)
     true = ((y.square() - (y - u).square()) / 2).mean((0, 1))
-    predicted = rates.removal(mean, square, batch)
+    predicted = removal(mean, square, batch)
     torch.testing.assert_close(-mean, true - 0.5, rtol=0, atol=0.02)
     # Fisher's curvature is the true one, 1, where the model is right and larger elsewhere: 1 + 3 (1 - shift)^2
     fisher = 1 + 3 * (1 - shift) ** 2
-    torch.testing.assert_close(predicted, rates.MARGIN * fisher / 2 - mean, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(predicted, MARGIN * fisher / 2 - mean, rtol=0.05, atol=0.05)
 
 
 def test_a_small_unit_that_pushes_the_wrong_way_may_go_and_a_large_one_may_not() -> None:
     noise = torch.tensor([1e-4, 1.0])  # of V from step to step; the same share of the mean in both
     mean = 0.5 * noise
-    cost = rates.removal(mean, mean.square() + noise.square(), batch_size=128)
+    cost = removal(mean, mean.square() + noise.square(), batch_size=128)
     assert cost[0] < 0 < cost[1]
 
 
@@ -123,15 +125,15 @@ def test_copies_come_from_good_units_and_from_nobody_if_there_is_none() -> None:
     good = torch.tensor([False, True, False, False, True])
     nobody = torch.zeros(5, dtype=torch.bool)
     draws = torch.tensor([0.0, 0.5, 0.5, 0.99, 0.5])
-    assert rates.from_parents(harmful, nobody, good, draws).index.tolist() == [1, 1, 2, 4, 4]
-    assert rates.from_parents(harmful, nobody, nobody, draws).index.tolist() == [0, 1, 2, 3, 4]
+    assert from_parents(harmful, nobody, good, draws).index.tolist() == [1, 1, 2, 4, 4]
+    assert from_parents(harmful, nobody, nobody, draws).index.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_reinjection_takes_its_share_at_random() -> None:
     g = torch.Generator().manual_seed(0)
     n = 20_000
-    still = rates.exact(torch.zeros(n), 0.0, torch.rand(4, n, generator=g))
-    turnover = rates.add_reinjection(still, 0.1, torch.rand(n, generator=g))
+    still = birth_and_death(torch.zeros(n), 0.0, torch.rand(4, n, generator=g))
+    turnover = add_reinjection(still, 0.1, torch.rand(n, generator=g))
     assert abs(turnover.born.float().mean() - 0.1) < 0.01
     assert torch.equal(turnover.index, torch.arange(n)) and not turnover.harmful.any()
 
@@ -142,44 +144,42 @@ def test_draws_at_the_ends_of_their_range() -> None:
     draws[0] = torch.tensor([0.0, 0.999, 0.999, 0.0, 0.0])  # the first dies, nobody is cloned
     for last in (0.0, 1.0):  # 1: what a draw just below it may be rounded to
         draws[3] = last
-        index = rates.exact(potential, 1.0, draws).index.tolist()
+        index = birth_and_death(potential, 1.0, draws).index.tolist()
         assert index == literal_event(potential.tolist(), 1.0, draws)
         assert index[1:] == [1, 2, 3, 4] and index[0] != 0
     draws[:] = 0.0  # less than every probability but 0
-    assert rates.exact(potential, 0.0, draws).counts().tolist() == [0, 0, 0]
-    assert rates.add_reinjection(rates.exact(potential, 0.0, draws), 0.0, draws[0]).counts().tolist() == [0, 0, 0]
+    assert birth_and_death(potential, 0.0, draws).counts().tolist() == [0, 0, 0]
+    assert add_reinjection(birth_and_death(potential, 0.0, draws), 0.0, draws[0]).counts().tolist() == [0, 0, 0]
     good, nobody = torch.tensor([False, True, False, True, False]), torch.zeros(5, dtype=torch.bool)
-    assert rates.from_parents(~good, nobody, good, torch.ones(5)).index.tolist() == [3, 1, 3, 3, 3]
+    assert from_parents(~good, nobody, good, torch.ones(5)).index.tolist() == [3, 1, 3, 3, 3]
 
 
 def test_one_good_unit_is_parent_enough() -> None:
     good = torch.tensor([False, False, True])
-    turnover = rates.from_parents(
-        torch.tensor([True, False, False]), torch.tensor([False, True, False]), good, torch.rand(3)
-    )
+    turnover = from_parents(torch.tensor([True, False, False]), torch.tensor([False, True, False]), good, torch.rand(3))
     assert turnover.index.tolist() == [2, 2, 2] and not turnover.born.any() and not turnover.harmful.any()
 
 
 def test_harmful_units_stay_harmful_beside_those_that_are_reinjected() -> None:
     harmful, dead = torch.tensor([True, True, False, False]), torch.tensor([False, False, True, False])
     draws = torch.tensor([0.9, 0.1, 0.9, 0.1])
-    turnover = rates.add_reinjection(rates.reborn(harmful, dead), 0.5, draws)
+    turnover = add_reinjection(reborn(harmful, dead), 0.5, draws)
     assert turnover.harmful.tolist() == [True, False, False, False]  # the second is drawn anew without a function
     assert turnover.born.tolist() == [True, True, True, True]
-    cloned = rates.from_parents(harmful, dead, torch.tensor([False, False, False, True]), torch.rand(4))
-    turnover = rates.add_reinjection(cloned, 0.5, draws)
+    cloned = from_parents(harmful, dead, torch.tensor([False, False, False, True]), torch.rand(4))
+    turnover = add_reinjection(cloned, 0.5, draws)
     assert turnover.index.tolist() == [3, 1, 3, 3] and turnover.born.tolist() == [False, True, False, True]
 
 
 def test_what_only_just_stands_out_does_not() -> None:
     yes = torch.ones(4, dtype=torch.bool)
     mean, coherence = torch.ones(4), torch.tensor([0.25, 0.26, 0.9, 0.9])
-    removal = torch.tensor([-1.0, -1.0, 0.0, 0.5])
-    harmful, dead = rates.standing_out(mean, coherence, yes, torch.zeros(4), removal, 1.0, 0.25, 10)
+    gain = torch.tensor([-1.0, -1.0, 0.0, 0.5])
+    harmful, dead = standing_out(mean, coherence, yes, torch.zeros(4), gain, 1.0, 0.25, 10)
     assert harmful.tolist() == [False, True, False, False] and not dead.any()
 
 
 def test_ties_fill_what_the_more_harmful_leave() -> None:
     yes, mean = torch.ones(6, dtype=torch.bool), torch.tensor([1.0, 3.0, 1.0, 1.0, 2.0, 1.0])
-    harmful, _ = rates.standing_out(mean, torch.ones(6), yes, torch.zeros(6), -torch.ones(6), 0.5, 0.25, 10)
+    harmful, _ = standing_out(mean, torch.ones(6), yes, torch.zeros(6), -torch.ones(6), 0.5, 0.25, 10)
     assert harmful.nonzero().flatten().tolist() == [0, 1, 4]

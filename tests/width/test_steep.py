@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_meanfield.width.births.newborns import draw
-from torch_meanfield.width.births.steep_births import steep_values
 
 from torch_meanfield.particles import Slice
-from torch_meanfield.width import BirthDeathOptimizer, Neurons, births
+from torch_meanfield.width import BirthDeathOptimizer, Neurons
+from torch_meanfield.width.births import steep
 from torch_meanfield.width.births.activations import KNOWN, recognise
-from torch_meanfield.width.births.initialisers import Law, laws_of
+from torch_meanfield.width.births.initialisers import Initialiser, initialisers_of
 from torch_meanfield.width.births.landscape import landscape, place
-from torch_meanfield.width.births.recorder import Recorder, site_of
-from torch_meanfield.width.optimizer.settings import Settings
+from torch_meanfield.width.births.recorder import LandscapeRecorder, surroundings_of
+from torch_meanfield.width.births.reinject import Reinject
+from torch_meanfield.width.births.rule import Vacancies
+from torch_meanfield.width.births.steep import Steep
 
 
 class Mlp(nn.Module):
@@ -65,10 +66,10 @@ MODELS = {
 }
 
 
-def recorded(model: Any, x: Tensor, passes: int = 1) -> Recorder:
-    site = site_of(model.population(), model)
-    assert site is not None
-    recorder = Recorder(site, limit=10_000, steps=1)
+def recorded(model: Any, x: Tensor, passes: int = 1) -> LandscapeRecorder:
+    around = surroundings_of(model.population(), model)
+    assert around is not None
+    recorder = LandscapeRecorder(around, limit=10_000, steps=1)
     recorder.start()
     for _ in range(passes):
         model.zero_grad()
@@ -111,17 +112,17 @@ def test_a_sample_of_the_rows_has_gradients_of_the_same_rows(name: str) -> None:
     make, shape = MODELS[name]
     model: Any = make().eval()
     x = torch.randn(32, *shape[1:])
-    site = site_of(model.population(), model)
-    assert site is not None
-    recorder = Recorder(site, limit=160, steps=1)
+    around = surroundings_of(model.population(), model)
+    assert around is not None
+    recorder = LandscapeRecorder(around, limit=160, steps=1)
     recorder.start()
     outputs = model(x)
     outputs.retain_grad()
     outputs.square().sum().backward()
     recorder.stop()
     (inputs,), (gradients,) = recorder.inputs, recorder.gradients
-    rows = x.reshape(-1, x.shape[-1]) if site.linear else x
-    of = outputs.grad.reshape(-1, outputs.shape[-1]) if site.linear else outputs.grad
+    rows = x.reshape(-1, x.shape[-1]) if around.linear else x
+    of = outputs.grad.reshape(-1, outputs.shape[-1]) if around.linear else outputs.grad
     assert len(inputs) == len(gradients) and len(inputs) <= max(len(rows), 2)
     for a, g in zip(inputs, gradients, strict=True):
         (at,) = [i for i, row in enumerate(rows) if torch.equal(row, a)]
@@ -263,11 +264,27 @@ def test_units_that_coincide_or_reach_nothing_are_no_harm() -> None:
     assert land.g.isfinite().all() and land.g.norm() <= before
 
 
-def settings(candidates: int, mass: float = 2.0) -> Settings:
-    return Settings(0.1, 10, "reinject", "standing_out", 0.0, True, mass, candidates, 5.0, 3.0, None)
+def settings(candidates: int, mass: float = 2.0) -> Steep:
+    return Steep(None, mass, candidates)
 
 
-class Spy(Law):
+def draw(population: Neurons, drawn: Any, count: int, generator: torch.Generator, fill: None) -> dict[int, Tensor]:
+    return Reinject(fill).draw(Vacancies(population, drawn, count, 0, None), generator)
+
+
+def steep_values(
+    population: Neurons,
+    recorder: LandscapeRecorder,
+    drawn: Any,
+    values: dict[int, Tensor],
+    harmful: int,
+    rule: Steep,
+    generator: torch.Generator,
+) -> None:
+    rule.steepen_(Vacancies(population, drawn, len(values[0][0]), harmful, recorder), recorder, values, generator)
+
+
+class Spy(Initialiser):
     """A law that notes how much is drawn from it."""
 
     def __init__(self) -> None:
@@ -288,7 +305,7 @@ def test_births_are_written_as_they_were_placed(name: str, dtype: torch.dtype) -
     model: Any = make().to(dtype)
     recorder = recorded(model, torch.randn(*shape, dtype=dtype))
     population, born, harmful, mass = model.population(), 3, 2, 1.5
-    laws = laws_of(population, model)
+    laws = initialisers_of(population, model)
     values = draw(population, laws, born, torch.Generator().manual_seed(0), None)
     expected = {i: v.clone() for i, v in values.items()}
     steep_values(population, recorder, laws, values, harmful, settings(32, mass), torch.Generator().manual_seed(1))
@@ -328,10 +345,10 @@ def test_an_event_tries_as_many_as_its_budget_allows(
     candidates: int, budget: int, tried: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(births, "BUDGET", budget)
+    monkeypatch.setattr(steep, "BUDGET", budget)
     model = Mlp(F.relu)
     population, recorder = model.population(), recorded(model, torch.randn(12, 5))
-    laws: dict[int, Law] = {0: Spy(), 1: Spy()}
+    laws: dict[int, Initialiser] = {0: Spy(), 1: Spy()}
     values = draw(population, {}, 2, torch.Generator(), None)
     steep_values(population, recorder, laws, values, 0, settings(candidates), torch.Generator())
     assert [law.drawn for law in laws.values()] == [[tried], [tried]]  # type: ignore[attr-defined]
@@ -354,12 +371,12 @@ def test_where_nothing_was_recorded_values_stay_as_drawn_and_without_mass_births
     torch.manual_seed(0)
     model = Mlp(F.relu)
     population, recorder = model.population(), recorded(model, torch.randn(12, 5))
-    laws = laws_of(population, model)
+    laws = initialisers_of(population, model)
     values = draw(population, laws, 2, torch.Generator().manual_seed(0), None)
     steep_values(population, recorder, laws, values, 2, settings(32, mass=0.0), torch.Generator())
     assert not values[2].any()
-    site = site_of(population, model)
-    assert site is not None
+    around = surroundings_of(population, model)
+    assert around is not None
     before = {i: v.clone() for i, v in values.items()}
-    steep_values(population, Recorder(site, 10, 1), laws, values, 2, settings(32), torch.Generator())
+    steep_values(population, LandscapeRecorder(around, 10, 1), laws, values, 2, settings(32), torch.Generator())
     assert all(torch.equal(v, before[i]) for i, v in values.items())

@@ -41,7 +41,8 @@ class Reinject(BirthRule):
             shape = particle_shape(column, vacancies.count)
             like = column.tensor.detach()
             known = vacancies.initialisers.get(i)
-            values[i] = like.new_zeros(shape) if known is None else known.draw(shape, like, generator)
+            blank = torch.zeros(shape, dtype=like.dtype, device=like.device)  # a plain tensor, also beside a sharded one
+            values[i] = blank if known is None else known.draw(shape, like, generator)
         if self.initializer is not None:
             incoming = [i for i, role in enumerate(population.roles) if role == "in"]
             self.initializer([_along_dimension(values[i], columns[i]) for i in incoming], generator)

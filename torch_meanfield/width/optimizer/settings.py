@@ -22,7 +22,7 @@ Scheme = Literal["standing_out", "exact"]
 
 @dataclass(frozen=True)
 class Settings:
-    """See :class:`.BirthDeathOptimizer` for what each of them means.
+    """See :class:`.BirthDeathOptimizer` for what each of them means; ``births`` and ``window`` are never ``None`` here.
 
     Raises:
         TypeError: a value of another type than a setting has.
@@ -81,22 +81,24 @@ class Settings:
                     f"{name} must be one of {tuple(choices)} or a rule with the methods {', '.join(methods)}, got "
                     f"{given!r}"
                 )
+        scheme = self._turnover()
+        if self.births is None:
+            object.__setattr__(self, "births", scheme.births)
+        if self.window is None:
+            object.__setattr__(self, "window", scheme.window(self.every))
 
     @property
     def active(self) -> bool:
         """Whether anything can ever happen."""
         return self.rate > 0 or self.reinject > 0
 
-    def rules(self, initializer: Initializer | None) -> tuple[TurnoverRule, BirthRule, float]:
-        """The scheme, the way of being born, and the length of the averages in steps.
+    def _turnover(self) -> TurnoverRule:
+        return SCHEMES[self.scheme](self) if isinstance(self.scheme, str) else self.scheme
 
-        Raises:
-            ValueError: a setting that the scheme refuses.
-        """
-        scheme = SCHEMES[self.scheme](self) if isinstance(self.scheme, str) else self.scheme
-        births = scheme.births if self.births is None else self.births
-        rule = BIRTHS[births](self, initializer) if isinstance(births, str) else births
-        return scheme, rule, scheme.window(self.every) if self.window is None else self.window
+    def rules(self, initializer: Initializer | None) -> tuple[TurnoverRule, BirthRule]:
+        """The scheme, and the way of being born."""
+        births: Any = self.births
+        return self._turnover(), BIRTHS[births](self, initializer) if isinstance(births, str) else births
 
 
 def _reinject(s: Settings, initializer: Initializer | None) -> BirthRule:

@@ -214,14 +214,13 @@ class BirthDeathOptimizer(SharingOptimizer):
         return {each.name: read(each.evidence()) for each in self._tracked}
 
     def _settle(self, populations: list[Neurons | Blocks]) -> None:
-        turnover, births, window = self._rules
-        events = Events(turnover, births, self.settings.reinject, self._draws, self.settings)
+        events = Events(*self._rules, self.settings.reinject, self._draws, self.settings)
         dynamics = Dynamics(
             populations,
             self._model,
             events,
             every=self.settings.every,
-            window=window,
+            window=self.settings.window or 1.0,
             batch_size=self.settings.batch_size,
         )
         if self._pending is not None:

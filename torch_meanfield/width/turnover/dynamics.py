@@ -97,12 +97,14 @@ class Dynamics:
             rate = {id(p): group.get("lr", 0.0) for group in optimizer.param_groups for p in group["params"]}
             for each in self.tracked:
                 each.elapsed = each.elapsed + rate.get(id(each.reader.parameter), 0.0)
-        events = []
-        if clock % self.every == 0:
-            events = self.events.hold(self.tracked, self.batch, optimizer, clock)
-            for recorder in self.recorders:
-                recorder.stop()
-            self.batch.stop()
+        return self.event(optimizer, clock) if clock % self.every == 0 else []
+
+    def event(self, optimizer: Optimizer, clock: int) -> list[Event]:
+        """Hold an event and end what was recorded for it; see :meth:`.Events.hold`."""
+        events = self.events.hold(self.tracked, self.batch, optimizer, clock)
+        for recorder in self.recorders:
+            recorder.stop()
+        self.batch.stop()
         return events
 
     def watch(self, clock: int) -> None:

@@ -231,7 +231,7 @@ class Averages:
             keep = fine & torch.stack([everywhere if p is None else p for p in present])
         values = torch.where(keep, values, 0)
         new = torch.stack([values, values.square(), torch.ones_like(values)], 1)
-        weight = torch.where(keep, self._weight, 0.0).to(self.dtype)[:, None]
+        weight = keep.to(self.dtype)[:, None] * self._weight
         for row, w in zip(new, weight, strict=True):
             self._table[:3].lerp_(row, w)
         nonzero = keep & (values != 0)

@@ -15,13 +15,9 @@ MARGIN = 10.0  # by which a removal's true cost may exceed what the noise says, 
 
 @dataclass(frozen=True)
 class StandingOut(TurnoverRule):
-    r"""``scheme="standing_out"``: replace dormant units, and those without which the loss is expected to fall.
+    """``scheme="standing_out"``: replace dormant units, and those without which the loss is expected to fall.
 
-    A unit is *harmful* if its averaged potential is positive (the loss falls as its outgoing weights shrink), if it
-    stands out of its own noise, :math:`m_i > \kappa s_i` with m the average of the potential and s its root mean
-    square (for pure noise the ratio is of the order :math:`\text{window}^{-1/2}` whatever the layer, the loss or the
-    learning rate), and if the loss is expected to fall not only as it shrinks a little but when it is gone, see
-    :func:`removal`. It is *dormant* if its potential was exactly 0 at every step of a window.
+    See :func:`standing_out`.
 
     Args:
         rate: the largest share of the units that may be replaced as harmful in one event, rounded down: a population
@@ -47,33 +43,57 @@ class StandingOut(TurnoverRule):
         """See :meth:`.TurnoverRule.decide`."""
         # An exponential average with weights 1/window of noise of deviation s has the deviation s / sqrt(2 window - 1).
         kappa = self.threshold / math.sqrt(2 * seen.window - 1)
-        coherence, mature = seen.coherence, seen.mature
-        known = seen.batch_size is not None
-        change = removal(seen.mean, seen.square, seen.batch_size or 1.0) if known else torch.ones_like(seen.mean)
-        dormant = seen.dormant
-        harmful = mature & ~dormant & (coherence > kappa) & (seen.mean > 0) & (change < 0)
-        harmful = most_harmful(harmful, seen.mean, self.rate)
+        coherence, mature, size = seen.coherence, seen.mature, seen.batch_size
+        change = torch.ones_like(seen.mean) if size is None else removal(seen.mean, seen.square, size)
+        harmful, dormant = standing_out(seen.mean, coherence, mature, seen.quiet, change, self.rate, kappa, seen.window)
         if not self.rate:
             dormant = torch.zeros_like(dormant)
         if not inherits:
             return reborn(harmful, dormant)
-        good = mature & (coherence < -kappa)
-        return from_parents(harmful, dormant, good, uniform(len(good)))
+        return from_parents(harmful, dormant, mature & (coherence < -kappa), uniform(len(seen.mean)))
 
 
-def most_harmful(harmful: Tensor, mean: Tensor, share: float) -> Tensor:
-    """Of the harmful units those of largest ``mean``, at most ``share`` of all n, rounded down; bool ``(n,)``."""
-    n = harmful.numel()
+def standing_out(
+    mean: Tensor,
+    coherence: Tensor,
+    mature: Tensor,
+    quiet: Tensor,
+    removal: Tensor,
+    share: float,
+    threshold: float,
+    window: float,
+) -> tuple[Tensor, Tensor]:
+    r"""Which units are to be replaced.
+
+    A unit is *harmful* if its averaged potential is positive (the loss falls as its outgoing weights shrink), if it
+    stands out of its own noise, :math:`m_i > \kappa s_i` with m the average of the potential and s its root mean
+    square (for pure noise the ratio is of the order :math:`\text{window}^{-1/2}` whatever the layer, the loss or the
+    learning rate), and if the loss is expected to fall not only as it shrinks a little but when it is gone, see
+    :func:`removal`. It is *dormant* if its potential was exactly 0 at every step of a window.
+
+    Args:
+        mean, coherence, mature, quiet: see :class:`.Evidence`; shape ``(n,)``.
+        removal: expected change of the loss when the unit is taken away, shape ``(n,)``.
+        share: the largest share of the n units that may be replaced as harmful in one event, rounded down.
+        threshold: kappa.
+        window: length of the average in steps.
+
+    Returns:
+        (harmful, dormant), bool of shape ``(n,)`` each, disjoint.
+    """
+    n = mean.numel()
+    dormant = mature & (quiet >= window)
+    harmful = mature & ~dormant & (coherence > threshold) & (mean > 0) & (removal < 0)
     most = int(share * n)
     if most == 0:
-        return torch.zeros_like(harmful)
-    if most >= n:
-        return harmful
-    # ties (clones) in the order of places: no sort, and alike on every device
-    ranked = torch.where(harmful, mean, -torch.inf)
-    least = ranked.kthvalue(n - most + 1).values
-    above, ties = ranked > least, ranked == least
-    return harmful & (above | (ties & (ties.cumsum(0) <= most - above.sum())))
+        return torch.zeros_like(harmful), dormant
+    if most < n:
+        # the most harmful first, ties (clones) in the order of places: no sort, and alike on every device
+        ranked = torch.where(harmful, mean, -torch.inf)
+        least = ranked.kthvalue(n - most + 1).values
+        above, ties = ranked > least, ranked == least
+        harmful = harmful & (above | (ties & (ties.cumsum(0) <= most - above.sum())))
+    return harmful, dormant
 
 
 def removal(mean: Tensor, square: Tensor, batch_size: float) -> Tensor:
