@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.width.test_rates import literal_event
 from torch import Tensor, nn
 
 from tests.defaults import other_defaults
 from tests.width.optimizers import Net, backward, same, train, weights, wrap
+from tests.width.test_rates import literal_event
 from torch_meanfield import MeanFieldSequential, subscribe
 from torch_meanfield.width import BirthDeathOptimizer, Event
 from torch_meanfield.width.turnover.blocks import Blocks

@@ -149,12 +149,6 @@ def _event_is_due(optimizer: BirthDeathOptimizer) -> bool:
 
 def _averages(optimizer: BirthDeathOptimizer) -> list[tuple[Tensor, Tensor]]:
     """Averaged potentials and which units reach nothing, of each population, both ``(n,)`` on the CPU."""
-    dynamics, out = optimizer._dynamics, []
-    for i in range(len(optimizer.populations)):
-        assert dynamics is not None
-        averages, j = dynamics.where[i]
-        quiet = averages.of(j)[3]
-        dead = averages.mature(j) & (quiet >= optimizer.settings.window)
-        potentials, gone = torch.stack([averages.mean(j), dead.to(averages.dtype)]).cpu()  # one read
-        out.append((potentials, gone))
-    return out
+    pairs = zip(optimizer.potentials().values(), optimizer.dormant().values(), strict=True)
+    reads = (torch.stack([potential, dormant.to(potential.dtype)]).cpu() for potential, dormant in pairs)
+    return [(potentials, dormant) for potentials, dormant in reads]

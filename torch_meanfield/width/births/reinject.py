@@ -41,7 +41,7 @@ class Reinject(BirthRule):
             shape = particle_shape(column, vacancies.count)
             like = column.tensor.detach()
             known = vacancies.initialisers.get(i)
-            blank = torch.zeros(shape, dtype=like.dtype, device=like.device)  # a plain tensor, also beside a sharded one
+            blank = torch.zeros(shape, dtype=like.dtype, device=like.device)  # plain, also beside a sharded one
             values[i] = blank if known is None else known.draw(shape, like, generator)
         if self.initializer is not None:
             incoming = [i for i, role in enumerate(population.roles) if role == "in"]
