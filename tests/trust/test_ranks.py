@@ -92,7 +92,7 @@ def test_ranks_that_would_part_are_told_so():
         together(2, _seeded_by_rank)
 
 
-def _laws(strategy):
+def _initialisers(strategy):
     torch.manual_seed(0)
     net = Net()
     with torch.no_grad():
@@ -100,12 +100,12 @@ def _laws(strategy):
     if strategy == "FSDP2":
         ranks.shard_(ranks.Objective(net), net)
     births = ranks.optimizer_for(net).birth_death_state()
-    return [entry["laws"] for entry in births["populations"]]
+    return [entry["initialisers"] for entry in births["populations"]]
 
 
 @_fsdp_only
-def test_laws_are_those_of_the_whole_tensor():
-    assert together(2, _laws, "FSDP2") == [_laws("none")] * 2
+def test_initialisers_are_those_of_the_whole_tensor():
+    assert together(2, _initialisers, "FSDP2") == [_initialisers("none")] * 2
 
 
 def _state_divided():

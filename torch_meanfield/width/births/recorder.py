@@ -199,7 +199,7 @@ class LandscapeRecorder:
 
     def _rows_of(self, x: Tensor) -> Tensor:
         """What is sampled: rows for ``Linear``, whole images for convolutions."""
-        return x.detach().reshape(-1, x.shape[-1]) if self.around.linear else x.detach()
+        return x.detach().reshape(-1, x.shape[-1]) if self.around.linear and x.ndim != 2 else x.detach()
 
     def _stride(self, x: Tensor) -> int:
         """The distance between the rows of ``x`` that are kept: even, so that all ranks keep the same."""

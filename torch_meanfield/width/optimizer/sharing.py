@@ -116,7 +116,12 @@ class SharingOptimizer(Optimizer):
         return lambda: None
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict, whole, and what the wrapper adds."""
+        """The wrapped optimizer's state dict, whole, and what the wrapper adds (``"birth_death"``).
+
+        ``"state"`` and ``"param_groups"`` stay where every tool looks for them, so a bare optimizer loads this dict as
+        it is (torch ignores the key), and this wrapper loads a bare optimizer's; then averages begin anew. Of what
+        data-parallel ranks see each for itself it holds this rank's part.
+        """
         for pre in list(optimizer_hooks(self, "state_dict_pre").values()):
             pre(self)
         out = {**self.optimizer.state_dict(), **self._own_state()}

@@ -39,18 +39,17 @@ class BirthDeathOptimizer(SharingOptimizer):
     The potential of a unit, :math:`V_i = \sum_k a_{ik}\,\partial E/\partial a_{ik}` over its outgoing weights, is
     read at each step from gradients that exist anyway and averaged over steps. At an event, in each population,
 
-    - ``scheme="standing_out"`` (the default) replaces units whose averaged potential is positive and stands out of
-      its own noise (the loss falls as they shrink) if the loss is expected to fall when they are gone, too
-      (:func:`.removal`), and units whose potential has been exactly 0 for a whole window
-      (they reach nothing: dead ReLUs). It needs no tuning from layer to layer; this is why it is the default. Rates
-      proportional to V, read off a mini-batch, are mostly noise, differ by orders of magnitude between layers, and
-      destroy good units. Where the loss is not a negative log-likelihood (or a mean square) of natural scale, scale
-      it: the expected fall weighs V against its square. Clipping scales gradients down as well: where it cuts them to
+    - ``scheme="standing_out"`` (the default) replaces dormant units, which reach nothing (ReLUs that never fire), and
+      units whose potential stands out of its own noise and without which the loss is expected to fall: see
+      :func:`.standing_out` and :func:`.removal`. It needs no tuning from layer to layer; rates proportional to V, read
+      off a mini-batch, are mostly noise, differ by orders of magnitude between layers, and destroy good units. The
+      loss is taken for a negative log-likelihood (or a mean square) of natural scale. Where clipping cuts gradients to
       a tenth at most steps, the margin that protects good units is used up, and ``rate=0`` is the safe choice.
     - ``scheme="exact"`` is the theory, (34) and (37):
       :math:`\partial_t\mu = \nabla\cdot(\mu\nabla V) - \alpha (V - \bar V)\mu` with alpha = ``rate``. Time is the
-      sum of the learning rates (see :func:`~torch_meanfield.width.turnover.potentials.potential` for the factor n); the
-      population is kept exactly. To check theory with, on potentials that are (nearly) exact.
+      sum of the learning rates (see :func:`.potential` for the factor n); the population is kept exactly. To check
+      theory with, on potentials that are (nearly) exact.
+    - a :class:`.TurnoverRule` of your own.
 
     What takes a vacant place:
 
@@ -64,6 +63,7 @@ class BirthDeathOptimizer(SharingOptimizer):
       teleported to where it is wanted.
     - ``births="split"``: half of another unit (outgoing weights shared, so that the function is kept), slightly
       moved. ``births="clone"``: an exact duplicate, as published. Optimizer state moves along with both.
+    - a :class:`.BirthRule` of your own.
 
     The residual blocks of a mean-field layer with learnable times are a population too: the potential of a block is
     its step size times the loss's derivative by it; a dead block leaves its time to a neighbour, and a clone shares
@@ -86,8 +86,9 @@ class BirthDeathOptimizer(SharingOptimizer):
             that a handful of units (attention heads, the blocks of a stage) loses none that works; ``exact``: alpha.
             0 (with ``reinject=0``) gives the wrapped optimizer bit for bit.
         every: steps from one event to the next.
-        births: ``"reinject"``, ``"split"`` or ``"clone"``; ``None``: ``"clone"`` under ``exact``, else ``"reinject"``.
-        scheme: ``"standing_out"`` or ``"exact"``.
+        births: ``"reinject"``, ``"split"``, ``"clone"`` or a rule; ``None``: ``"clone"`` under ``exact``, else
+            ``"reinject"``.
+        scheme: ``"standing_out"``, ``"exact"`` or a rule.
         reinject: besides, the share of the units that are replaced at each event, at random, by units drawn anew with
             outgoing weights 0: the measure of full support that global convergence asks for.
         steep: whether newborn units are placed where the potential is steep, where that can be seen.
@@ -335,15 +336,6 @@ class BirthDeathOptimizer(SharingOptimizer):
         super().add_param_group(param_group)
         self._checked = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict, whole, with one key more: ``"birth_death"``.
-
-        Its ``"state"`` and ``"param_groups"`` stay where every tool looks for them, so a bare optimizer loads this
-        dict as it is (torch ignores the key), and this wrapper loads a bare optimizer's. Of what data-parallel ranks
-        see each for itself before an event it holds this rank's part: see :meth:`birth_death_state`.
-        """
-        return super().state_dict()
-
     def _own_state(self) -> dict[str, Any]:
         return {checkpoint.KEY: self._packed()}
 
@@ -380,16 +372,6 @@ class BirthDeathOptimizer(SharingOptimizer):
             self._pending = ours
         else:
             checkpoint.unpack_(ours, self._dynamics)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, or a bare optimizer's state; then averages begin anew.
-
-        ``param_groups`` and ``state`` stay the objects they are, so schedulers go on driving them.
-
-        Raises:
-            ValueError: the state is damaged or of another model; the entry is named. Nothing has been loaded then.
-        """
-        super().load_state_dict(state_dict)
 
     def _take_own(self, state_dict: dict[str, Any]) -> Callable[[], None]:
         bare = checkpoint.KEY not in state_dict

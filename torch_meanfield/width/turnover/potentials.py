@@ -223,20 +223,22 @@ class Averages:
             return
         present, self._present = self._present, []
         values = self._buffer[:steps]
-        fine = values.sum(1, keepdim=True).isfinite()  # a sum is not finite if one of its terms is not
-        self._ok = fine[-1, 0]
-        keep = fine
-        if any(p is not None for p in present):
+        fine = values.sum(1).isfinite()  # a sum is not finite if one of its terms is not
+        self._ok = fine[-1]
+        if self.device.type == "cpu" and all(p is None for p in present) and bool(fine.all()):
+            keep, counted = torch.ones((), dtype=torch.bool), torch.ones(steps, 1, dtype=self.dtype)
+            weights: Sequence[Any] = [self._weight] * steps
+        else:
             everywhere = torch.ones_like(values[0], dtype=torch.bool)
-            keep = fine & torch.stack([everywhere if p is None else p for p in present])
-        values = torch.where(keep, values, 0)
+            keep = fine[:, None] & torch.stack([everywhere if p is None else p for p in present])
+            values = torch.where(keep, values, 0)
+            counted = keep.to(self.dtype)
+            weights = (counted * self._weight).unbind()
+        averaged = self._table[:3]
         new = torch.stack([values, values.square(), torch.ones_like(values)], 1)
-        weight = keep.to(self.dtype)[:, None] * self._weight
-        for row, w in zip(new, weight, strict=True):
-            self._table[:3].lerp_(row, w)
+        for row, w in zip(new, weights, strict=True):
+            averaged.lerp_(row, w)
         nonzero = keep & (values != 0)
-        counted = keep.to(self.dtype).expand_as(values)
         silent = nonzero.flip(0).cumsum(0).flip(0) == 0  # from that step on
-        quiet, age = self._table[3], self._table[4]
-        quiet.mul_(~nonzero.any(0)).add_((counted * silent).sum(0))
-        age.add_(counted.sum(0))
+        self._table[3].mul_(~nonzero.any(0)).add_((counted * silent).sum(0))
+        self._table[4].add_(counted.sum(0))
