@@ -225,15 +225,13 @@ class Averages:
         values = self._buffer[:steps]
         fine = values.sum(1).isfinite()  # a sum is not finite if one of its terms is not
         self._ok = fine[-1]
-        if self.device.type == "cpu" and all(p is None for p in present) and bool(fine.all()):
-            keep, counted = torch.ones((), dtype=torch.bool), torch.ones(steps, 1, dtype=self.dtype)
-            weights: Sequence[Any] = [self._weight] * steps
-        else:
+        keep = fine[:, None]
+        if any(p is not None for p in present):
             everywhere = torch.ones_like(values[0], dtype=torch.bool)
-            keep = fine[:, None] & torch.stack([everywhere if p is None else p for p in present])
-            values = torch.where(keep, values, 0)
-            counted = keep.to(self.dtype)
-            weights = (counted * self._weight).unbind()
+            keep = keep & torch.stack([everywhere if p is None else p for p in present])
+        values = torch.where(keep, values, 0)
+        counted = keep.to(self.dtype)
+        weights = (counted * self._weight).unbind()
         averaged = self._table[:3]
         new = torch.stack([values, values.square(), torch.ones_like(values)], 1)
         for row, w in zip(new, weights, strict=True):
