@@ -14,8 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from torch_meanfield._torch import init_optimizer_hooks, patch_step
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.no_compile import eagerly
-from torch_meanfield.particles.optimizer_state import check_flat, check_state
-from torch_meanfield.particles.population import Slice, tensors_of
+from torch_meanfield.particles.population import Slice
 from torch_meanfield.width.births.reinject import Initializer
 from torch_meanfield.width.births.rule import BirthRule
 from torch_meanfield.width.draws import Draws
@@ -28,7 +27,6 @@ from torch_meanfield.width.turnover.blocks import Blocks
 from torch_meanfield.width.turnover.decide import Evidence, TurnoverRule
 from torch_meanfield.width.turnover.dynamics import Dynamics
 from torch_meanfield.width.turnover.event import Event, Events
-from torch_meanfield.width.turnover.tracked import Tracked
 
 Declared = Neurons | nn.Module | Sequence[Slice | tuple[Tensor, int]]
 
@@ -56,11 +54,8 @@ class BirthDeathOptimizer(SharingOptimizer):
     - ``births="reinject"``: a unit drawn anew from the layer's own initialiser, optimizer state fresh. With
       outgoing weights 0 its birth leaves the network's function as it was. With ``steep`` (where the population
       lies between two ``Linear`` layers or convolutions) its incoming weights are the steepest of ``candidates``
-      draws: those whose outgoing weights would get the largest gradient, refined by ascending it; and if it
-      replaces a *harmful* unit, with no norm in between, it is born with outgoing weights against that gradient:
-      ``mass`` times the population's median, times the share in which the sampled rows agree on it (0.3 in a planted
-      network, 0.03 on images, where most rows are fitted already and a full unit would be too much). Mass is so
-      teleported to where it is wanted.
+      draws, refined by ascent, and if it replaces a *harmful* unit, with no norm in between, it is born with outgoing
+      weights against the gradient that they would get: see :class:`.Steep`.
     - ``births="split"``: half of another unit (outgoing weights shared, so that the function is kept), slightly
       moved. ``births="clone"``: an exact duplicate, as published. Optimizer state moves along with both.
     - a :class:`.BirthRule` of your own.
@@ -190,11 +185,7 @@ class BirthDeathOptimizer(SharingOptimizer):
     @property
     def populations(self) -> list[Neurons | Blocks]:
         """The populations that are acted on."""
-        return [each.population for each in self._tracked]
-
-    @property
-    def _tracked(self) -> list[Tracked]:
-        return [] if self._dynamics is None else self._dynamics.tracked
+        return [] if self._dynamics is None else [each.population for each in self._dynamics.tracked]
 
     def potentials(self) -> dict[str, Tensor]:
         """The averaged potential of every unit, by name of its population; shape ``(n,)``, 0 where nothing was seen."""
@@ -212,7 +203,8 @@ class BirthDeathOptimizer(SharingOptimizer):
         return self._of_each(lambda seen: seen.dormant)
 
     def _of_each(self, read: Callable[[Evidence], Tensor]) -> dict[str, Tensor]:
-        return {each.name: read(each.evidence()) for each in self._tracked}
+        tracked = () if self._dynamics is None else self._dynamics.tracked
+        return {each.name: read(each.evidence()) for each in tracked}
 
     def _settle(self, populations: list[Neurons | Blocks]) -> None:
         events = Events(*self._rules, self.settings.reinject, self._draws, self.settings)
@@ -300,10 +292,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         dynamics = self._dynamics
         assert dynamics is not None
         if not self._checked:
-            for population in self.populations:
-                check_flat(self.optimizer, tensors_of(population.columns), population.name)
-                for column in population.columns:
-                    check_state(self.optimizer, column, population.name)
+            dynamics.check_state(self.optimizer)
             self._checked = True
         self.clock += 1
         for event in dynamics.step(self.optimizer, self.clock):

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from torch_meanfield.particles import Motion, Neurons, subscribe
 from torch_meanfield.particles.averages import adopt_averages, lineage_of
+from torch_meanfield.particles.optimizer_state import check_flat, check_state
+from torch_meanfield.particles.population import tensors_of
 from torch_meanfield.width.turnover.batch_size import BatchCounter, seen_at
 from torch_meanfield.width.turnover.blocks import Blocks
 from torch_meanfield.width.turnover.event import Event, Events
@@ -71,6 +73,13 @@ class Dynamics:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._follow_motions()
+
+    def check_state(self, optimizer: Optimizer) -> None:
+        """Raise ``TypeError`` if what ``optimizer`` keeps cannot be divided among the units."""
+        for population in (each.population for each in self.tracked):
+            check_flat(optimizer, tensors_of(population.columns), population.name)
+            for column in population.columns:
+                check_state(optimizer, column, population.name)
 
     # -- every step --------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@ r"""Potentials: what the loss says of each unit, read off gradients that exist a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,25 +35,6 @@ def potential(population: Neurons | Blocks) -> Tensor | None:
     return population.potential() if isinstance(population, Blocks) else Outgoing(population.outgoing).potential()
 
 
-class Reader(Protocol):
-    """What :class:`Averages` reads at every step: the potentials of one population.
-
-    Attributes:
-        size: number of units n.
-    """
-
-    size: int
-
-    @property
-    def parameter(self) -> Tensor:
-        """The parameter that tells the population's device and precision, and whose learning rate is its clock."""
-        ...
-
-    def read_into(self, out: Tensor) -> bool:
-        """Write the present potentials to ``out``, ``(n,)``; ``False`` if there are none."""
-        ...
-
-
 class Outgoing:
     """Reads the potentials of neurons from their outgoing weights.
 
@@ -72,7 +53,7 @@ class Outgoing:
 
     @property
     def parameter(self) -> Tensor:
-        """See :attr:`Reader.parameter`."""
+        """The parameter that tells the population's device and precision, and whose learning rate is its clock."""
         return self.columns[0].tensor
 
     def potential(self) -> Tensor | None:
@@ -86,7 +67,7 @@ class Outgoing:
         return total
 
     def read_into(self, out: Tensor) -> bool:
-        """See :meth:`Reader.read_into`."""
+        """Write the present potentials to ``out``, ``(n,)``; ``False`` if there are none."""
         matrix = self._matrix
         if matrix is not None and type(grad := matrix.grad) is Tensor and grad.dtype == matrix.dtype == out.dtype:
             torch.linalg.vecdot(matrix, grad, dim=self._along, out=out)
@@ -134,7 +115,7 @@ class Averages:
         window: length of the average in steps.
     """
 
-    def __init__(self, readers: Sequence[Reader], window: float) -> None:
+    def __init__(self, readers: Sequence[Outgoing | Blocks], window: float) -> None:
         self.readers = list(readers)
         self.window = window
         self._weight = 1 - (1 - 1 / window)  # of the newest step

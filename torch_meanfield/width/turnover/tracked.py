@@ -16,7 +16,7 @@ from torch_meanfield.width.births.recorder import LandscapeRecorder
 from torch_meanfield.width.births.rule import BirthRule
 from torch_meanfield.width.turnover.blocks import Blocks
 from torch_meanfield.width.turnover.decide import Evidence
-from torch_meanfield.width.turnover.potentials import Averages, Outgoing, Reader
+from torch_meanfield.width.turnover.potentials import Averages, Outgoing
 
 Held = Mapping[int, Mapping[str, Tensor]]  # by the identity of an owner: its tensors by name
 
@@ -36,7 +36,7 @@ class Tracked(ABC):
     averages: Averages
     _number: int  # in the table
 
-    def __init__(self, population: Neurons | Blocks, reader: Reader) -> None:
+    def __init__(self, population: Neurons | Blocks, reader: Outgoing | Blocks) -> None:
         self.population, self.reader = population, reader
         self.elapsed: Any = 0.0
         self.initialisers: dict[int, Initialiser] = {}
