@@ -14,7 +14,7 @@ from torch_meanfield.observe import InDouble, private_copy
 from torch_meanfield.observe.randomise import _DRAWN, Draws
 from torch_meanfield.width.search.find import find_populations
 from torch_meanfield.width.search.labels import pairs_of
-from torch_meanfield.width.search.proof import MAGNIFIED, NUDGE, Prover
+from torch_meanfield.width.search.prover import MAGNIFIED, NUDGE, Prover
 
 
 class SingleNorm(nn.Module):

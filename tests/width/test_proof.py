@@ -13,7 +13,8 @@ from torch_meanfield.particles import Motion, Slice, subscribe
 from torch_meanfield.particles.neurons import Neurons, neurons_from
 from torch_meanfield.particles.population import named_tensors
 from torch_meanfield.width.search.find import find_populations
-from torch_meanfield.width.search.proof import Prover, verify
+from torch_meanfield.width.search.proof import verify
+from torch_meanfield.width.search.prover import Prover
 
 
 def conv_net() -> nn.Sequential:

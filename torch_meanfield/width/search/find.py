@@ -13,7 +13,7 @@ from torch_meanfield.particles.population import named_tensors
 from torch_meanfield.width.search.adjacent import Layers, adjacent_layers
 from torch_meanfield.width.search.candidates import Refused, candidates
 from torch_meanfield.width.search.follow import propagate
-from torch_meanfield.width.search.proof import Prover
+from torch_meanfield.width.search.prover import Prover
 
 
 @dataclass(frozen=True)
