@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,6 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.width.optimizers import OPTIMIZERS, Make, Net, backward, batch, same, train, weights, wrap
 from torch_meanfield.width import BirthDeathOptimizer
+from torch_meanfield.width.births.reinject import Reinject
+from torch_meanfield.width.births.rule import Vacancies
+from torch_meanfield.width.draws import Draws
+from torch_meanfield.width.turnover.decide import Evidence, Turnover, TurnoverRule, Uniform, reborn
 
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
@@ -442,3 +447,69 @@ def test_gradients_are_dropped_or_zeroed_as_torch_does_it() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_known_of_the_units_can_be_looked_at() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.0001), every=50, window=4.0)
+    train(model, optimizer, range(6))
+    (population,) = optimizer.populations
+    potentials, ages, dormant = (
+        view()[population.name] for view in (optimizer.potentials, optimizer.ages, optimizer.dormant)
+    )
+    assert potentials.shape == ages.shape == dormant.shape == (population.size,)
+    assert ages.tolist() == [6.0] * population.size and dormant.dtype == torch.bool
+    assert potentials.any() and not dormant.all() and not potentials[dormant].any()
+    ages.zero_()  # a copy: what the optimizer knows stays
+    assert optimizer.ages()[population.name].all()
+
+
+def test_dormant_units_are_those_that_reached_nothing_for_a_window() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].bias[:3] = -100.0
+    optimizer = BirthDeathOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, every=50, window=4.0)
+    for steps in range(1, 7):
+        optimizer.zero_grad()
+        model(torch.randn(64, 6)).square().mean().backward()
+        optimizer.step()
+        assert optimizer.dormant()["0.weight"].tolist() == [steps >= 4 and i < 3 for i in range(8)]
+
+
+@dataclass(frozen=True)
+class Oldest(TurnoverRule):
+    """Replaces the two units that have been watched longest."""
+
+    def decide(self, seen: Evidence, inherits: bool, uniform: Uniform) -> Turnover:
+        oldest = torch.zeros_like(seen.mature).index_fill(0, seen.age.topk(2).indices, True)
+        return reborn(torch.zeros_like(oldest), oldest)
+
+
+@dataclass(frozen=True)
+class Constant(Reinject):
+    """Newborn units read with one number."""
+
+    value: float = 0.5
+
+    def newborns(self, vacancies: Vacancies, draws: Draws) -> dict[int, torch.Tensor]:
+        values = super().newborns(vacancies, draws)
+        return {i: v.fill_(self.value) if i in vacancies.initialisers else v for i, v in values.items()}
+
+
+def test_a_scheme_and_a_way_of_being_born_can_be_written_by_the_user() -> None:
+    model = Net()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.01), every=3, scheme=Oldest(), births=Constant())
+    born: list[torch.Tensor] = []
+    optimizer.register_event_hook(lambda e: born.append(e.born))
+    optimizer.register_event_hook(lambda e: born.append(model.first.weight[e.born]))
+    train(model, optimizer, range(3))
+    assert len(born[0]) == 2 and bool((born[1] == 0.5).all())
+    assert optimizer.settings.window == 1.5 and "Oldest()" in repr(optimizer)
+
+
+@pytest.mark.parametrize("options", [{"scheme": Oldest}, {"scheme": object()}, {"births": 3}, {"births": "die"}])
+def test_what_is_no_rule_is_refused(options: dict[str, Any]) -> None:
+    model = Net()
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must be one of .* or a rule with the methods"):
+        wrap(model, torch.optim.SGD(model.parameters(), lr=0.01), **options)

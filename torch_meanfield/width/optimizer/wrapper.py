@@ -196,10 +196,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         return self._of_each(lambda seen: seen.age.clone())
 
     def dormant(self) -> dict[str, Tensor]:
-        """Which units reached nothing at any step of a window, by name of their population; bool ``(n,)``.
-
-        ``.float().mean()`` of it is the dormant share of the population.
-        """
+        """Which units reached nothing at any step of a window, bool ``(n,)``; the mean is the dormant share."""
         return self._of_each(lambda seen: seen.dormant)
 
     def _of_each(self, read: Callable[[Evidence], Tensor]) -> dict[str, Tensor]:
