@@ -68,18 +68,9 @@ ROWS: dict[str, tuple[Callable[[], dict[str, Step]], float]] = {"depth: 8 branch
 def measured(make: Callable[[], dict[str, Step]], repeats: int, inner: int, label: str) -> dict:
     """Median seconds of a step of each, and their ratio."""
 
-    def many(step: Step) -> Step:
-        def run() -> None:
-            for _ in range(inner):
-                step()
-
-        return run
-
-    contenders = {name: many(step) for name, step in make().items()}
+    contenders = make()
     ours, plain = contenders
-    row = compared(in_turns(contenders, repeats, clock_of(torch.device("cpu")), label), ours, plain)
-    row["seconds"] = {name: s / inner for name, s in row["seconds"].items()}
-    return row
+    return compared(in_turns(contenders, repeats, clock_of(torch.device("cpu")), label, inner=inner), ours, plain)
 
 
 def main() -> None:

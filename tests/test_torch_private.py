@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from torch_meanfield import _torch
@@ -21,6 +23,26 @@ def test_untransformed_takes_off_gradients_and_has_no_value_under_vmap():
     assert torch.equal(seen[0], x) and not torch._C._functorch.is_gradtrackingtensor(seen[0])
     torch.vmap(lambda t: (seen.append(_torch.untransformed(t)), t)[1])(x)
     assert seen[1] is None
+
+
+def test_transforms_and_modes_are_told():
+    assert not _torch.is_watched()
+    seen = []
+    torch.vmap(lambda t: (seen.append(_torch.is_watched()), t)[1])(torch.randn(3))
+    for mode in (TorchFunctionMode(), TorchDispatchMode()):
+        with mode:
+            seen.append(_torch.is_watched())
+    assert seen == [True] * 3 and not _torch.is_watched()
+
+
+def test_multiplied_has_the_bits_and_gradients_of_single_multiplications():
+    tensors = [torch.randn(3, 2, requires_grad=True), torch.randn(4, requires_grad=True)]
+    factors = torch.randn(2, requires_grad=True)
+    together = _torch.multiplied(tensors, list(factors.unbind()))
+    apart = [t * f for t, f in zip(tensors, factors.unbind(), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+    grads = [torch.autograd.grad(sum(t.sin().sum() for t in out), [*tensors, factors]) for out in (together, apart)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_version_of_counts_in_place_writes():
@@ -91,6 +113,12 @@ def test_a_module_with_a_hook_is_not_called_plainly(register):
     assert not _torch.is_called_plainly(module)
     handle.remove()
     assert _torch.is_called_plainly(module)
+
+
+def test_a_module_whose_forward_is_overridden_is_not_called_plainly():
+    module = nn.Linear(2, 2)
+    module.forward = lambda x: x
+    assert not _torch.is_called_plainly(module)
 
 
 def test_a_compiled_module_is_not_called_plainly():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -32,6 +32,20 @@ def untransformed(tensor: Tensor) -> Tensor | None:
     while functorch.is_gradtrackingtensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return None if functorch.is_batchedtensor(tensor) else tensor
+
+
+def is_watched() -> bool:
+    """Whether ``torch.func`` (``vmap``, ``grad``, ...) or a mode for functions or for dispatch sees every operation.
+
+    Wraps ``_are_functorch_transforms_active``, ``_len_torch_function_stack``, ``_len_torch_dispatch_stack``.
+    """
+    c: Any = torch._C
+    return bool(c._are_functorch_transforms_active() or c._len_torch_function_stack() or c._len_torch_dispatch_stack())
+
+
+def multiplied(tensors: list[Tensor], factors: list[Tensor]) -> Sequence[Tensor]:
+    """``tensors[i] * factors[i]`` for all i in one call, differentiable. Wraps ``torch._foreach_mul``."""
+    return torch._foreach_mul(tensors, factors)
 
 
 def version_of(tensor: Tensor) -> int:
@@ -97,12 +111,13 @@ def takes_hooks(module: nn.Module) -> bool:
 
 
 def is_called_plainly(module: nn.Module) -> bool:
-    """Whether ``module(x)`` is ``module.forward(x)``: no hook of its own or global, and not ``Module.compile``.
+    """Whether ``module(x)`` is the ``forward`` of its class: no hook, own or global, not compiled, not overridden.
 
     Wraps ``Module._compiled_call_impl`` and the dictionaries of hooks that ``Module.__call__`` looks at.
     """
     return not (
         module._compiled_call_impl is not None
+        or "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

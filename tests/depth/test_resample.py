@@ -159,7 +159,7 @@ def test_the_cause_is_published_and_the_layer_knows_that_it_is_sorted() -> None:
     with subscribe(lambda motion: seen.append(motion.cause), model=layer):
         layer.resample_(torch.tensor([0, 1, 1, 3]), cause="by hand")
         assert seen == ["by hand"] * 2  # what moved, and the intervals
-        assert layer._sorted_at == layer.tau_axis.version()
+        assert layer.tau_axis.is_sorted()
         resample.resample_(layer, torch.tensor([0, 1, 1, 3]))
     assert seen[2:] == ["birth_death"] * 2
 

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from tests.defaults import other_defaults
 from torch_meanfield import MeanFieldSequential, resort_, set_automatic_resort, subscribe
@@ -219,13 +219,13 @@ def test_a_skipped_step_moves_nothing(fused, optimizer_class):
     assert not _same(layer, before) and layer.tau_axis.read().diff().min() >= 0
 
 
-class _Reads(TorchDispatchMode):
-    """Counts the values that are read back from the device."""
+class _Reads(TorchFunctionMode):
+    """Counts the times that values are read back from the device."""
 
     count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__)
         return func(*args, **(kwargs or {}))
 
 

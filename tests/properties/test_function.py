@@ -74,7 +74,8 @@ def residual_stacks(draw: st.DrawFn) -> MeanFieldSequential:
         (layer.tau_axis.anchor if offset is None else offset).copy_(
             tau - (0 if offset is None else layer.tau_axis.anchor)
         )
-    layer._plain, layer._sorted_at = False, ()  # written by hand
+    layer.tau_axis.unit_steps = False  # written by hand
+    layer.tau_axis.mark_sorted(False)
     return layer.double() if draw(st.booleans()) else layer
 
 

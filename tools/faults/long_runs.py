@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from tools.faults.digits import EVERY, Net, average_of, digits, optimizer_of
 from torch_meanfield import subscribe
-from torch_meanfield.depth import sorting as resort
+from torch_meanfield.depth import after_step
 from torch_meanfield.particles import events, optimizer_state
 
 
@@ -94,7 +94,7 @@ def hooks(net: nn.Module, average: nn.Module, optimizer: Any) -> dict[str, int]:
         found |= {f"{name}{k}": len(v) for k, v in vars(each).items() if k.startswith("_optimizer_")}
     found["global step hooks"] = len(torch_optimizer._global_optimizer_post_hooks)
     found["subscribers"] = len(events._subscribers)
-    found["layers"] = len(resort._layers)
+    found["layers"] = len(after_step._layers)
     found["optimizers that stepped"] = len(optimizer_state._stepped)
     found["followers"] = sum(len(m.__dict__["_lineage"].followers) for m in modules if "_lineage" in m.__dict__)
     found["optimizer state"] = sum(len(state) for state in optimizer.state.values())

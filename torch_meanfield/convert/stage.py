@@ -41,12 +41,12 @@ class ConvertedStage(MeanFieldLayer):
         first = next((t for t in tensors if t.is_floating_point()), None)
         self._place_on_axis(len(particles), horizon, first)
         Population(columns, name=self._label())  # refuses what two particles hold
-        self._sorted_at = self.tau_axis.version()
+        self.tau_axis.mark_sorted()
 
     def step(self, slot: int) -> Tensor:
         """The step size of the particle in ``slot``, differentiable; a tensor of shape ``()``."""
         tau = self.tau_axis.positions()
-        if not torch.compiler.is_compiling() and self._sorted_at == self.tau_axis.version():
+        if not torch.compiler.is_compiling() and self.tau_axis.is_sorted():
             return tau[slot] - tau[slot - 1] if slot else tau[0]
         ascending, order = projected(tau).sort(stable=True)
         steps = torch.diff(ascending, prepend=ascending.new_zeros(1))
@@ -105,7 +105,7 @@ class ConvertedStage(MeanFieldLayer):
         missing[:] = [k for k in missing if k not in absent]
         # Unsorted slots stay as they are until the next step: steps() and step() take them by rank, and other blocks
         # of the model may not have been loaded yet.
-        self._sorted_at = ()
+        self.tau_axis.mark_sorted(False)
 
 
 class Members:

@@ -1,6 +1,6 @@
 """The depth wing: residual branches as particles, each with a time tau (Lu et al. 2020)."""
 
+from torch_meanfield.depth.control import resort_ as resort_
+from torch_meanfield.depth.control import set_automatic_resort as set_automatic_resort
 from torch_meanfield.depth.groups import param_groups as param_groups
 from torch_meanfield.depth.sequential import MeanFieldSequential as MeanFieldSequential
-from torch_meanfield.depth.sorting import resort_ as resort_
-from torch_meanfield.depth.sorting import set_automatic_resort as set_automatic_resort

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_meanfield.depth.sorting import layers_of
+from torch_meanfield.depth.control import layers_of
 
 
 def param_groups(

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from torch_meanfield._torch import buffers_of, children_of, parameters_of
 from torch_meanfield.depth import resample
-from torch_meanfield.depth.sorting import register, sort_
-from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries, projected
+from torch_meanfield.depth.after_step import register
+from torch_meanfield.depth.sorting import sort_
+from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries, differences, projected
 from torch_meanfield.particles import Population
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.loading import loaded_whole
@@ -39,9 +40,6 @@ class MeanFieldLayer(nn.Module):
         super().__init__()
         self.horizon = 0.0
         self.auto_resort = True
-        self._sorted_at: tuple[int, ...] = ()  # version of tau at which the slots were last known to be sorted
-        self._warned = False
-        self._stepped_on: tuple[Tensor | None] = (None,)  # the tau that optimizers know; bare, it would be registered
 
     def _place_on_axis(self, n: int, horizon: float, first: Tensor | None, *, learn: bool = True) -> None:
         """Make the tau axis (after the branches are registered), on the device of ``first`` and as precise."""
@@ -54,13 +52,13 @@ class MeanFieldLayer(nn.Module):
             dtype=torch.float64 if double else torch.float32,
         )
         self.horizon = horizon
-        self._stepped_on = (self.tau_axis.offset,)
         cast(Any, self).register_load_state_dict_post_hook(_after_load)
+        lineage_of(self)
         register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)  # copies and unpickled layers come this way, past __init__
-        self._sorted_at = ()
+        lineage_of(self)
         register(self)
 
     @property
@@ -70,8 +68,7 @@ class MeanFieldLayer(nn.Module):
 
     def steps(self) -> Tensor:
         """The n step sizes ``tau^l - tau^{l-1}`` with tau^0 = 0, differentiable; shape and dtype of ``tau``."""
-        tau = self.tau
-        return torch.diff(tau, prepend=tau.new_zeros(1))
+        return differences(self.tau)
 
     def set_tau_(self, values: Tensor | Sequence[float]) -> MeanFieldLayer:
         """Place the particles and re-sort: branch i goes to ``values[i]``, then all take the order of tau.

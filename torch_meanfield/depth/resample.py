@@ -75,8 +75,9 @@ def resample_(layer: Any, index: Tensor, optimizers: Iterable[Optimizer] = (), c
         shifted = layer.tau_axis.anchor + (positions - layer.tau_axis.read())
         values = Slice(shifted, 0).by_particle(shifted).index_select(1, moved)
         place_(population, moved.to(device), {anchor: values}, optimizers=optimizers, cause=cause)
+    layer.tau_axis.unit_steps = False
     layer.tau_axis.keep_exact_()
-    layer._sorted_at = layer.tau_axis.version()
+    layer.tau_axis.mark_sorted()
     return sources
 
 

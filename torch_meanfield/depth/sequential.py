@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from torch_meanfield._torch import children_of
-from torch_meanfield.depth.euler import euler_step
+from torch_meanfield.depth.euler import euler_step, euler_steps
 from torch_meanfield.depth.exchangeable import check_exchangeable
 from torch_meanfield.depth.layer import MeanFieldLayer
-from torch_meanfield.depth.tau_axis import check_horizon, plain_value, projected
+from torch_meanfield.depth.tau_axis import check_horizon, differences, plain_value, projected
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Column, named_tensors
@@ -37,6 +36,8 @@ class MeanFieldSequential(MeanFieldLayer):
         tau_init: ``"uniform"``: the grid T/n, 2T/n, ..., T; ``"random"``: n sorted draws from U(0, T).
         learn_tau: ``False`` fixes the positions and leaves the ordinary residual stack (at ``horizon=None`` without
             any multiplication).
+        solver: how one particle moves the stream: a function of ``x``, the branch and its step size (a tensor of shape
+            ``()``) that returns the next ``x``. :func:`~torch_meanfield.depth.euler.euler_step` is eq. (15).
 
     Shape:
         input and output: any shape that the branches keep.
@@ -56,12 +57,15 @@ class MeanFieldSequential(MeanFieldLayer):
         (torch.Size([2, 8]), [1.0, 1.0, 1.0, 1.0])
     """
 
+    solver: Callable[[Tensor, nn.Module, Tensor], Tensor] = staticmethod(euler_step)  # of a layer pickled by 0.1
+
     def __init__(
         self,
         *branches: nn.Module,
         horizon: float | None = None,
         tau_init: Literal["uniform", "random"] = "uniform",
         learn_tau: bool = True,
+        solver: Callable[[Tensor, nn.Module, Tensor], Tensor] = euler_step,
     ) -> None:
         check_exchangeable(branches)
         if tau_init not in ("uniform", "random"):
@@ -73,8 +77,7 @@ class MeanFieldSequential(MeanFieldLayer):
             self.add_module(str(i), branch)
         self._place_on_axis(n, checked_horizon, next(branches[0].parameters(), None), learn=learn_tau)
         self.grad_checkpointing = False
-        # A fixed stack of unit steps is the ordinary residual network and is computed as one.
-        self._plain = not learn_tau and checked_horizon == n and tau_init == "uniform"
+        self.solver = solver
         if tau_init == "random":
             self.draw_tau_()
 
@@ -87,12 +90,6 @@ class MeanFieldSequential(MeanFieldLayer):
         order = self._execution_order()
         return positions if order is None else projected(positions)[order]
 
-    def set_tau_(self, values: Tensor | Sequence[float]) -> MeanFieldSequential:
-        """See :meth:`MeanFieldLayer.set_tau_`."""
-        super().set_tau_(values)
-        self._plain = False
-        return self
-
     def population(self) -> Population:
         """The branches as particles: each owns one tensor of every name in a branch, and its place on the tau axis."""
         tensors = [named_tensors(branch) for branch in self]
@@ -101,32 +98,27 @@ class MeanFieldSequential(MeanFieldLayer):
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
         return Population(columns, owner=self, name=self._label())
 
-    def resample_(self, index: Tensor, optimizers: Iterable[Optimizer] = (), cause: str = "birth_death") -> Tensor:
-        """See :meth:`MeanFieldLayer.resample_`."""
-        self._plain = False
-        return super().resample_(index, optimizers, cause)
-
     # -- the forward pass --------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """Run eq. (15) from ``x``; the result has the shape of ``x``."""
-        if self._plain:
+        euler = self.solver is euler_step
+        recomputes = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        if self.tau_axis.unit_steps and euler:
             for branch in self:
-                x = self._run(_plain_step, x, branch)
+                x = _recomputed(_plain_step, x, branch) if recomputes else _plain_step(x, branch)
             return x
         order = self._execution_order()
         tau = self.tau_axis.positions()
         if order is not None:
             tau = projected(tau)[order]
-        steps = torch.diff(tau, prepend=tau.new_zeros(1)).unbind()
-        for i, step in enumerate(steps):
-            x = self._run(euler_step, x, self[i if order is None else order[i]], step)
+        steps = differences(tau).unbind()
+        branches = list(self) if order is None else [self[i] for i in order]
+        if euler and not recomputes:
+            return euler_steps(x, branches, steps)
+        for branch, step in zip(branches, steps, strict=True):
+            x = _recomputed(self.solver, x, branch, step) if recomputes else self.solver(x, branch, step)
         return x
-
-    def _run(self, step_function: Callable[..., Tensor], *args: Any) -> Tensor:
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(step_function, *args, use_reentrant=False)  # type: ignore[no-any-return, unused-ignore]
-        return step_function(*args)
 
     def _execution_order(self) -> list[int] | None:
         """Slots in the order of tau, or ``None`` where the slots are known to be in it.
@@ -139,7 +131,7 @@ class MeanFieldSequential(MeanFieldLayer):
         averaged = not self.training and lineage_of(self).averaged
         if torch.compiler.is_compiling():
             return _read_order(self) if averaged else None  # reading breaks the graph, and says so under fullgraph
-        if not averaged and self._sorted_at == self.tau_axis.version():
+        if not averaged and self.tau_axis.is_sorted():
             return None
         return _read_order(self)
 
@@ -149,7 +141,8 @@ class MeanFieldSequential(MeanFieldLayer):
         return len(children_of(self)) - 1  # all but the tau axis
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return (self[i] for i in range(len(self)))
+        blocks = children_of(self)
+        return iter([cast(nn.Module, blocks[str(i)]) for i in range(len(self))])
 
     def __getitem__(self, i: int) -> nn.Module:
         """The branch in slot i: the i-th particle in the order of tau."""
@@ -161,8 +154,12 @@ class MeanFieldSequential(MeanFieldLayer):
         return cast(nn.Module, children_of(self)[str(i % n)])
 
     def _loaded(self, incompatible_keys: Any) -> None:
-        self._plain = self._plain and bool((self.steps() == 1).all())
+        self.tau_axis.unit_steps = self.tau_axis.unit_steps and bool((self.steps() == 1).all())
         super()._loaded(incompatible_keys)
+
+
+def _recomputed(step: Callable[..., Tensor], *args: Any) -> Tensor:
+    return checkpoint(step, *args, use_reentrant=False)  # type: ignore[no-any-return, unused-ignore]
 
 
 def _plain_step(x: Tensor, branch: nn.Module) -> Tensor:
@@ -176,6 +173,6 @@ def _read_order(layer: MeanFieldSequential) -> list[int] | None:
     # item by item: tolist() fails inside the function transforms of torch 2.6
     order = [int(i) for i in positions.clamp(min=0).argsort(stable=True).cpu()]
     if order == list(range(len(order))) and not bool((positions < 0).any()):
-        layer._sorted_at = layer.tau_axis.version()
+        layer.tau_axis.mark_sorted()
         return None
     return order

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_meanfield._torch import untransformed, version_of
@@ -52,13 +53,16 @@ class TauAxis(nn.Module):
         # FSDP2 with a narrow param_dtype hands forward() a rounded offset. A gathered float32 copy stands in for it.
         # Not a buffer: averaging tools pair the buffers of two models, and only a sharded one has this.
         self.exact_offset: Tensor | None = None
+        self.unit_steps = not learn and horizon == n  # every step is exactly 1 and stays so
+        self._sorted_at: tuple[int, ...] = ()  # version at which the slots were last known to be in the order of tau
 
     def positions(self) -> Tensor:
         """Differentiable positions by slot, shape ``(n,)``: ascending once sorted, float32 or float64."""
-        return self.anchor if self.offset is None else self.anchor + self._offset(self.offset)
+        offset = self.offset
+        return self.anchor if offset is None else self.anchor + self._exact(offset)
 
-    def _offset(self, offset: Tensor) -> Tensor:
-        if torch.finfo(offset.dtype).bits >= 32:
+    def _exact(self, offset: Tensor) -> Tensor:
+        if offset.dtype in (torch.float32, torch.float64):
             return offset
         wide = offset.to(self.anchor.dtype)
         if self.exact_offset is None:
@@ -70,12 +74,14 @@ class TauAxis(nn.Module):
     @torch.no_grad()
     def read(self) -> Tensor:
         """Detached positions by slot, gathered from all ranks if the offset is sharded."""
-        return self.anchor.detach() if self.offset is None else self.anchor + whole(self.offset)
+        offset = self.offset
+        return self.anchor.detach() if offset is None else self.anchor + whole(offset)
 
     @torch.no_grad()
     def place_(self, values: Tensor) -> None:
         """Put the particles at ``values`` (by slot), exactly; what they had learned is part of that now."""
         self.anchor.copy_(values)
+        self.unit_steps = False
         if self.offset is not None:
             self.offset.zero_()
         self.keep_exact_()
@@ -90,11 +96,23 @@ class TauAxis(nn.Module):
             write_(self.offset, torch.maximum(whole(self.offset), -self.anchor))
         self.keep_exact_()
 
-    @torch.no_grad()
     def keep_exact_(self) -> None:
         """Refresh the float32 copy of a sharded offset; on all ranks at once, since it gathers."""
-        if self.offset is not None and is_sharded(self.offset):
-            self.exact_offset = whole(self.offset).clone()
+        offset = self.offset
+        if offset is not None and is_sharded(offset):
+            self.exact_offset = whole(offset).clone()
+
+    def mark_sorted(self, known: bool = True) -> None:
+        """Note that the slots are in the order of tau, as it is now, or that this is no longer known."""
+        self._sorted_at = self.version() if known else ()
+
+    def is_sorted(self) -> bool:
+        """Whether the slots are known to be in the order of tau, without reading it."""
+        return self._sorted_at == self.version()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        self._sorted_at = ()  # a version names tensors by their place in memory, which a copy's are not
 
     def version(self) -> tuple[int, ...]:
         """Changes whenever the positions are replaced or learned, without reading them.
@@ -102,14 +120,15 @@ class TauAxis(nn.Module):
         The count of in-place writes of ``anchor`` is left out: data parallel training broadcasts every buffer at each
         forward pass, which would look like a change. Only :meth:`place_`, loading and motions write it.
         """
-        if self.offset is None:
+        offset = self.offset
+        if offset is None:
             return (id(self.anchor),)
-        if isinstance(self.offset, torch.fx.Proxy):
+        if isinstance(offset, torch.fx.Proxy):
             raise TypeError(
                 "a mean-field layer reads the order of its blocks when it runs, which torch.fx.symbolic_trace (and so "
                 "prepare_qat_fx) cannot follow; torch.compile, torch.export and the eager prepare_qat can"
             )
-        return id(self.anchor), id(self.offset), version_of(self.offset)
+        return id(self.anchor), id(offset), version_of(offset)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TauAxis:
         def keep(t: Tensor) -> Tensor:
@@ -123,6 +142,11 @@ class TauAxis(nn.Module):
     def extra_repr(self) -> str:
         """Number of particles, and whether they move."""
         return f"{self.anchor.numel()}, learn={self.offset is not None}"
+
+
+def differences(tau: Tensor) -> Tensor:
+    """Each position minus the one before it, the first minus 0; differentiable, shape ``(n,)``."""
+    return tau - F.pad(tau, (1, -1))  # in half the time of torch.diff with its gradient
 
 
 def projected(tau: Tensor) -> Tensor:

@@ -173,6 +173,11 @@ def _related(copy: nn.Module, owner: nn.Module) -> bool | None:
     return None
 
 
+def trained_by_itself(module: Any) -> None:
+    """An optimizer has stepped on ``module``: it is no longer an average of another."""
+    lineage_of(module).following = False
+
+
 def _pair(copy: Lineage, source: Lineage) -> None:
     source.followers.add(copy)
     copy.following = copy.averaged = source.averaged = True
