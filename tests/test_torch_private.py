@@ -153,6 +153,7 @@ class Bare(Optimizer):
     """An optimizer that does not call ``Optimizer.__init__``."""
 
     def __init__(self):
+        self.param_groups, self.state = [], {}  # the hooks behind steps look at them
         _torch.init_optimizer_hooks(self)
         _torch.patch_step(self)
 
