@@ -148,7 +148,7 @@ def _event_is_due(optimizer: BirthDeathOptimizer) -> bool:
 
 
 def _averages(optimizer: BirthDeathOptimizer) -> list[tuple[Tensor, Tensor]]:
-    """Averaged potentials and which units reach nothing, of each population, both ``(n,)`` on the CPU."""
-    pairs = zip(optimizer.potentials().values(), optimizer.dormant().values(), strict=True)
-    reads = (torch.stack([potential, dormant.to(potential.dtype)]).cpu() for potential, dormant in pairs)
-    return [(potentials, dormant) for potentials, dormant in reads]
+    """The averaged potentials of each population and which of its units are dormant, both ``(n,)`` on the CPU."""
+    each = zip(optimizer.potentials().values(), optimizer.dormant().values(), strict=True)
+    read = (torch.stack([potentials, dormant.to(potentials.dtype)]).cpu() for potentials, dormant in each)
+    return [(potentials, dormant) for potentials, dormant in read]
