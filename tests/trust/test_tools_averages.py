@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,16 +100,39 @@ def test_an_average_made_before_the_wrapping_is_known_by_the_layer_in_it() -> No
     assert lineage_of(average.module).following and not lineage_of(others.module).following
 
 
-def test_an_average_of_a_model_that_was_trained_before_it_was_wrapped_is_named() -> None:
-    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    larger = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 2))
-    average, kept = AveragedModel(net), AveragedModel(larger)  # one of another structure says nothing
+def _small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def _wrapped(net: nn.Sequential) -> BirthDeathOptimizer:
+    units = [(net[0].weight, 0), (net[0].bias, 0), (net[2].weight, 1)]
+    return BirthDeathOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net, populations=[units])
+
+
+def test_an_average_follows_the_model_it_was_made_from_though_that_was_trained_before_it_was_wrapped() -> None:
+    net, twin = _small(), _small()
+    twin.load_state_dict(net.state_dict())  # what the averaging classes were given tells them apart, not the values
+    average, second, others = AveragedModel(net), AveragedModel(net), AveragedModel(twin)
     with torch.no_grad():
         net[0].weight.add_(1.0)
-    units = [(net[0].weight, 0), (net[0].bias, 0), (net[2].weight, 1)]
-    with pytest.warns(RuntimeWarning, match=r"averaged copy of a Sequential .*follow\(copy, model\)"):
-        BirthDeathOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net, populations=[units])
-    assert average is not None and kept is not None
+    _wrapped(net)
+    assert lineage_of(average.module).following and lineage_of(second.module).following
+    assert not lineage_of(others.module).following
+    _wrapped(twin)
+    assert lineage_of(others.module) in lineage_of(twin).followers
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_average_of_which_it_cannot_be_told_what_it_was_made_from_is_named(inside: bool) -> None:
+    net = _small()
+    larger = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 2))
+    made_from = copy.deepcopy(net)
+    average, kept = AveragedModel(nn.Sequential(made_from) if inside else made_from), AveragedModel(larger)
+    del made_from, larger  # and of one of another structure nothing is said
+    with pytest.warns(RuntimeWarning, match=r"averaged copy of a Sequential .*follow\(copy, model\)") as caught:
+        _wrapped(net)
+    assert len(caught) == 1 and ("'0' in it" in str(caught[0].message)) is inside
+    assert not lineage_of(average.module).following and kept is not None
 
 
 def test_lightnings_average_follows_births_though_it_is_made_before_the_optimizer(tmp_path: Path) -> None:

@@ -6,24 +6,21 @@ moves with its source; any other deep copy is a model of its own and is never to
 named once with :func:`follow`.
 
 Lightning makes its copy before it asks for an optimizer, hence before a ``BirthDeathOptimizer`` can have told that the
-model holds populations. Such a copy is recognised when they become known: by a mean-field layer in it that was copied
-from the model's, or by being the same as the model, bit for bit.
+model holds populations. What the averaging class was given to copy is therefore remembered until they become known.
 """
 
 from __future__ import annotations
 
 import gc
+import inspect
 import warnings
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 
-from torch_meanfield.particles.copying import whole
 from torch_meanfield.particles.events import Motion, subscribe
 from torch_meanfield.particles.population import Slice, named_tensors
 from torch_meanfield.particles.slices import write_rows_
@@ -78,8 +75,7 @@ def follow(copy: nn.Module, model: nn.Module) -> int:
     """Make ``copy``, an averaged copy of ``model`` kept by code this library does not know, move with ``model``.
 
     Not needed for ``AveragedModel``, Lightning's ``WeightAveraging`` and timm's ``ModelEmaV2``/``V3``, which are
-    recognised by themselves, unless the model was trained between the making of the copy and the wrapping of its
-    optimizer in a ``BirthDeathOptimizer``; a warning says so then.
+    recognised by themselves when they are made from the model itself; where that cannot be told, a warning asks for it.
 
     Args:
         copy: the averaged model, of the same structure as ``model``.
@@ -122,45 +118,37 @@ def follow(copy: nn.Module, model: nn.Module) -> int:
 def adopt_averages(owner: nn.Module) -> None:
     """Let averaged copies of ``owner`` that were made before it was known to hold populations move with it.
 
-    A copy of ``owner``'s structure is taken for one of it if a mean-field layer in it was copied from that of
-    ``owner``, or if its parameters are still the same, bit for bit. Any other may be an average of ``owner`` or of
-    another model, and a warning names it.
+    A copy of ``owner``'s structure of which it is not known what it was made from may be an average of ``owner`` or of
+    another model, and a warning names both.
     """
-    if not (strangers := _pair_alike(owner)):
-        return
-    gc.collect()  # what nobody holds any more says nothing
+    strangers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+    for copy, reference in list(_copied_from.items()):
+        source = reference() if reference is not None else None
+        inside = set() if source is None else {name for name, module in source.named_modules() if module is owner}
+        for name, twin in copy.named_modules():
+            if name in inside or (source is None and _alike(twin, owner) and _related(twin, owner)):
+                _pair(lineage_of(twin), lineage_of(owner))
+            elif source is None and _alike(twin, owner) and _related(twin, owner) is None:
+                strangers[twin] = name
+    if strangers:
+        gc.collect()  # what nobody holds any more says nothing
     for name in strangers.values():
         warnings.warn(
             f"an averaged copy of a {type(owner).__name__}{f' ({name!r} in it)' if name else ''} was made before this "
-            f"one's optimizer was wrapped, and differs from it: if it averages this one, call "
-            f"torch_meanfield.follow(copy, model), or its units will be averages of those that died and of those born "
-            f"in their places",
+            f"{type(owner).__name__}'s optimizer was wrapped, and what it was made from is gone or unknown: if it "
+            f"averages this one, call torch_meanfield.follow(copy, model), or its units will be averages of those that "
+            f"died and of those born in their places",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
-def _pair_alike(owner: nn.Module) -> weakref.WeakKeyDictionary[nn.Module, str]:
-    """Pair ``owner`` with its copies; what has its structure and may be one or not, by the name in what was copied."""
-    strangers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-    mine = dict(owner.named_parameters())
-    for copy in list(_copies):
-        for name, twin in copy.named_modules():
-            if type(twin) is not type(owner) or twin is owner or lineage_of(twin).following:
-                continue
-            theirs = dict(twin.named_parameters())
-            if mine.keys() != theirs.keys() or any(mine[k].shape != theirs[k].shape for k in mine):
-                continue
-            related = _related(twin, owner)
-            if related or (related is None and _equal(mine, theirs)):
-                _pair(lineage_of(twin), lineage_of(owner))
-            elif related is None:
-                strangers[twin] = name
-    return strangers
-
-
-def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(whole(a[k]).cpu(), whole(b[k]).cpu()) for k in a)
+def _alike(module: nn.Module, owner: nn.Module) -> bool:
+    """Whether ``module`` has the class and the parameters of ``owner``, by name and shape, and follows nothing."""
+    if type(module) is not type(owner) or module is owner or lineage_of(module).following:
+        return False
+    mine, theirs = ({n: p.shape for n, p in m.named_parameters()} for m in (owner, module))
+    return mine == theirs
 
 
 def _related(copy: nn.Module, owner: nn.Module) -> bool | None:
@@ -183,14 +171,28 @@ def _pair(copy: Lineage, source: Lineage) -> None:
     copy.following = copy.averaged = source.averaged = True
 
 
-# What averaging classes have made copies of, for models whose populations become known later.
-_copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The copies that averaging classes hold, and what each was made from, for models whose populations become known later.
+_copied_from: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module] | None] = weakref.WeakKeyDictionary()
 
 
 def _is_averager(module: nn.Module) -> bool:
     return isinstance(module, AveragedModel) or any(
         c.__module__ == "timm.utils.model_ema" and c.__name__.startswith("ModelEma") for c in type(module).__mro__
     )
+
+
+def _given(averager: nn.Module, copy: nn.Module) -> nn.Module | None:
+    """The model that the constructor of ``averager``, if it is running, was given to make ``copy`` from.
+
+    A deep copy bears no trace of a plain module. The averaging class does know: it registers the copy in its own
+    constructor, where the model is the one other module of the copy's class.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not (frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is averager):
+        frame = frame.f_back
+    here = frame.f_locals.values() if frame is not None else ()
+    given = {id(v): v for v in here if type(v) is type(copy) and v is not copy}
+    return next(iter(given.values())) if len(given) == 1 else None
 
 
 def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
@@ -200,12 +202,14 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
     if own is not None:
         own.name = name
     if _is_averager(module):
-        _copies.add(submodule)
+        source = _given(module, submodule)
+        if source is not None or submodule not in _copied_from:
+            _copied_from[submodule] = None if source is None else weakref.ref(source)
         for m in submodule.modules():
             lineage: Lineage | None = m.__dict__.get("_lineage")
-            source = lineage.origin() if lineage is not None and lineage.origin is not None else None
-            if source is not None:
-                _pair(lineage_of(m), source)
+            origin = lineage.origin() if lineage is not None and lineage.origin is not None else None
+            if origin is not None:
+                _pair(lineage_of(m), origin)
 
 
 def _on_motion(motion: Motion) -> None:
