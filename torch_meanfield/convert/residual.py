@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch_meanfield.convert.trace import ModuleCall, Node, Value
-from torch_meanfield.convert.vocabulary import ACTIVATIONS, JOIN, NORMS, PARTS, SAME
+from torch_meanfield.observe.functions import ACTIVATIONS, JOIN, NORMS, PARTS, SAME
 
 
 @dataclass(frozen=True, eq=False)

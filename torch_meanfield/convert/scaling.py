@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch_meanfield.convert.trace import ForwardGraph, Node, Value
-from torch_meanfield.convert.vocabulary import (
+from torch_meanfield.observe.functions import (
     ATTENTION,
     JOIN,
     LAYERS,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_meanfield.observe import Call, observe, tensors_in
 from torch_meanfield.width.search import layer_rules as layers
 from torch_meanfield.width.search import operation_rules as rules
-from torch_meanfield.width.search import operations
+from torch_meanfield.observe import functions as operations
 from torch_meanfield.width.search.labels import INPUT, OUTPUT, Ledger, State
 
 _CONVS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_meanfield.observe import Call, tensors_in
 from torch_meanfield.width.search.join import Tracks, elementwise
 from torch_meanfield.width.search.labels import Ledger, State, compact, varying
-from torch_meanfield.width.search.operations import ADDITIONS, LAST_NORMS, REDUCE, SOFT
+from torch_meanfield.observe.functions import ADDITIONS, LAST_NORMS, REDUCE, SOFT
 
 
 def pad_left(tracks: Sequence[Tensor], ndim: int) -> Tracks:
