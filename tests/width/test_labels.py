@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_meanfield.width.search.find import find_populations
+from torch_meanfield.observe import Call
+from torch_meanfield.width.search import Ledger, Tracks, find_populations, product, rule_for
+from torch_meanfield.width.search.rules import RULES
 
 Columns = set[tuple[str, int, int, int, str]]
 
@@ -304,11 +307,12 @@ def test_what_cannot_be_followed_is_refused_by_name_and_reason() -> None:
 
 
 class Silu(torch.autograd.Function):
-    """Invisible to a ``TorchFunctionMode``."""
+    """A kernel of its own: invisible to a ``TorchFunctionMode``."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
-        return F.silu(x)
+        values = x.numpy()
+        return torch.from_numpy(values / (1 + np.exp(-values)))
 
 
 def test_templates_fill_in_where_labels_are_lost() -> None:
@@ -402,3 +406,46 @@ def test_a_grouped_transposed_convolution_keeps_its_channels() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), grouped, nn.ReLU(), nn.Conv2d(8, 2, 1))
     report = find_populations(net, torch.randn(1, 3, 4, 4))
     assert not report.populations and "0.weight: meets a grouped transposed convolution" in str(report)
+
+
+@torch.library.custom_op("meanfield_tests::mixed", mutates_args=())
+def mixed(x: Tensor, weight: Tensor) -> Tensor:
+    """A layer that torch cannot look into."""
+    return (x @ weight.T).square()
+
+
+@pytest.mark.parametrize(
+    "call", [mixed, torch.ops.meanfield_tests.mixed], ids=["by its default overload", "by its name"]
+)
+def test_a_registered_rule_finds_units_through_an_unknown_layer(call: Callable[..., Tensor]) -> None:
+    net = Fn(
+        lambda m, x: m.b(call(call(x, m.w), m.v)),
+        w=nn.Parameter(torch.randn(8, 3)), v=nn.Parameter(torch.randn(6, 8)), b=nn.Linear(6, 2),
+    )  # fmt: skip
+    assert not columns_of(net, torch.randn(1, 3))
+
+    @rule_for("mixed", makes_units=True)
+    def follow_mixed(ledger: Ledger, call: Call) -> Tracks:
+        return product(ledger, "bi,oi->bo", *call.args, weight=True)
+
+    try:
+        assert columns_of(net, torch.randn(1, 3)) == {
+            "w": (8, {("w", 0, 1, 1, "in"), ("v", 1, 1, 1, "out")}),
+            "v": (6, {("v", 0, 1, 1, "in"), ("b.weight", 1, 1, 1, "out")}),
+        }
+    finally:
+        del RULES["mixed"]
+
+
+def test_a_wrong_rule_makes_no_population() -> None:
+    net = Fn(lambda m, x: m.b(mixed(m.a(x), m.w)), a=nn.Linear(3, 8), w=nn.Parameter(torch.randn(8, 8)), b=nn.Linear(8, 2))
+
+    @rule_for("mixed")
+    def follow_mixed(ledger: Ledger, call: Call) -> Tracks:
+        return ledger.state(call.args[0]).tracks
+
+    try:
+        report = find_populations(net, torch.randn(1, 3))
+        assert not report.populations and "changes the output" in str(report)
+    finally:
+        del RULES["mixed"]

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_meanfield.width.search.labels import Ledger, compact, pairs_of, varying
-
-Tracks = tuple[Tensor, ...]
+from torch_meanfield.width.search.labels import Ledger, Tracks, compact, pairs_of, varying
 
 
 def elementwise(
@@ -161,3 +159,23 @@ def contract(
     varies = [{i for i, c in enumerate(out) if dims.get(c, 1) > 1} for dims in (a_dims, b_dims)]
     result, _ = elementwise(ledger, passed[0], varies[0], passed[1], varies[1])
     return tuple(compact(t.reshape(t.shape[: len(out)])) for t in result)
+
+
+def product(ledger: Ledger, equation: str, a: Tensor, b: Tensor, *, weight: bool = False) -> Tracks:
+    """The tracks of ``torch.einsum(equation, a, b)``; see :func:`contract`."""
+    operands, out = equation.split("->")
+    first, second = operands.split(",")
+    return contract(
+        ledger,
+        ledger.state(a).tracks,
+        dims_of(a, first),
+        ledger.state(b).tracks,
+        dims_of(b, second),
+        out,
+        weight=weight,
+    )
+
+
+def dims_of(tensor: Tensor, letters: str) -> dict[str, int]:
+    """A letter and a size for each dimension."""
+    return dict(zip(letters, tensor.shape, strict=True))

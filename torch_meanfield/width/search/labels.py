@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_meanfield.particles.population import named_tensors
 
+Tracks = tuple[Tensor, ...]
 INPUT = 1  # the bit of the model's input in ``State.history``
 OUTPUT = "is an output of the model"
 
@@ -33,7 +34,7 @@ class State:
         history: bit set of all layer calls it was computed through, with :data:`INPUT` for the model's input.
     """
 
-    tracks: tuple[Tensor, ...] = ()
+    tracks: Tracks = ()
     sources: int = 0
     history: int = 0
 
@@ -68,9 +69,11 @@ class Ledger:
 
     Args:
         model: its parameters and floating-point buffers are labelled; the rest is not.
+        free_groups: the unit of a grouped convolution is the place within each group, instead of the group.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, free_groups: bool = False) -> None:
+        self.free_groups = free_groups
         self.tensors = {n: t for n, t in named_tensors(model).items() if t.is_floating_point() and t.ndim}
         self._names = {id(t): n for n, t in reversed(self.tensors.items())}
         self.starts: dict[tuple[str, int], int] = {}

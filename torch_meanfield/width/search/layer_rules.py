@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torch_meanfield.observe import Call
-from torch_meanfield.width.search.join import Tracks, contract, elementwise
-from torch_meanfield.width.search.labels import Ledger, State, compact, varying
+from torch_meanfield.observe.functions import CONVOLUTIONS, MULTIHEAD
+from torch_meanfield.width.search.join import contract, dims_of, elementwise, product
+from torch_meanfield.width.search.labels import Ledger, Tracks, compact, varying
 from torch_meanfield.width.search.operation_rules import pad_left, values_vary
+from torch_meanfield.width.search.rules import rule_for
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def dims_of(tensor: Tensor, letters: str) -> dict[str, int]:
-    """A letter and a size for each dimension."""
-    return dict(zip(letters, tensor.shape, strict=True))
-
-
+@rule_for("linear", makes_units=True)
 def linear(ledger: Ledger, call: Call) -> Tracks:
     """``(..., in) -> (..., out)``; what does not vary along ``in`` passes, as with a layer over tokens."""
     x, w, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     lead = _LETTERS[: x.ndim - 1]
-    tracks = contract(
-        ledger,
-        ledger.state(x).tracks,
-        dims_of(x, lead + "y"),
-        ledger.state(w).tracks,
-        dims_of(w, "zy"),
-        lead + "z",
-        weight=True,
-    )
+    tracks = product(ledger, f"{lead}y,zy->{lead}z", x, w, weight=True)
     return _with_bias(ledger, tracks, bias, call.result.ndim - 1, call.result.ndim)
 
 
@@ -44,11 +33,17 @@ def _with_bias(ledger: Ledger, tracks: Tracks, bias: Tensor | None, dim: int, nd
     return tracks
 
 
-def conv(ledger: Ledger, call: Call, *, free: bool = False) -> Tracks:
+def _mixes_channels(call: Call) -> bool:
+    """Not so a depthwise convolution: its output is still the same units."""
+    w = call.arg(1, "weight")
+    return int(call.arg(6, "groups", 1)) == 1 or not isinstance(w, Tensor) or w.shape[1] > 1
+
+
+@rule_for(*CONVOLUTIONS, makes_units=_mixes_channels)
+def conv(ledger: Ledger, call: Call) -> Tracks:
     """Convolutions, transposed ones included. The unit of a grouped one is the group, of a depthwise one the channel.
 
-    Args:
-        free: instead of the group, the place within each group is the unit.
+    With ``ledger.free_groups``, the unit of a grouped one is the place within each group.
     """
     x, w, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     transposed = "transpose" in call.name
@@ -67,21 +62,19 @@ def conv(ledger: Ledger, call: Call, *, free: bool = False) -> Tracks:
             ledger.freeze(t, "meets a grouped transposed convolution")
         out = ()
     else:
-        out = _grouped(ledger, tracks, x, weights, w, groups, free)
+        out = _grouped(ledger, tracks, x, weights, w, groups)
     out = tuple(t.reshape(*t.shape, *(1,) * (x.ndim - 2)) for t in out)
     return _with_bias(ledger, out, bias, 1, x.ndim)
 
 
-def _grouped(
-    ledger: Ledger, tracks: Tracks, x: Tensor, weights: list[Tensor], w: Tensor, groups: int, free: bool
-) -> Tracks:
+def _grouped(ledger: Ledger, tracks: Tracks, x: Tensor, weights: list[Tensor], w: Tensor, groups: int) -> Tracks:
     # x: (batch, group, in), w: (group, out, in), result: (batch, group, out); a group is a batch entry of its own.
     inside, outside = w.shape[1], w.shape[0] // groups
     xs = [compact(t.expand(-1, x.shape[1]).reshape(-1, groups, inside)) for t in tracks]
     ws = [compact(t.expand(w.shape[0], -1).reshape(groups, outside, -1)) for t in weights]
     x_dims = {"b": int(x.shape[0]), "g": groups, "i": inside}
     w_dims = {"g": groups, "o": outside, "i": inside}
-    if free:
+    if ledger.free_groups:
         xs, ws = [ledger.collapse(t, [1]) for t in xs], [ledger.collapse(t, [0]) for t in ws]
         out = contract(ledger, xs, x_dims, ws, w_dims, "bgo", weight=True)
     else:
@@ -98,10 +91,11 @@ def _grouped(
     return tuple(compact(t.expand(-1, groups, outside).flatten(1, 2)) for t in out if varying(t))
 
 
+@rule_for("matmul", "bmm", "mm", "baddbmm", "addmm", "mv")
 def matmul(ledger: Ledger, call: Call) -> Tracks:
     """``a @ b`` of activations or parameters, any number of batch dimensions."""
     a, b = call.args[0], call.args[1]
-    if call.name in ("baddbmm", "addbmm", "addmm"):
+    if call.name in ("baddbmm", "addmm"):
         a, b = call.args[1], call.args[2]
     lead = max(a.ndim, b.ndim) - 2
     batch = _LETTERS[: max(lead, 0)]
@@ -109,27 +103,19 @@ def matmul(ledger: Ledger, call: Call) -> Tracks:
     b_letters = batch[len(batch) - (b.ndim - 2) :] + "yz" if b.ndim > 1 else "y"
     out = batch + ("x" if a.ndim > 1 else "") + ("z" if b.ndim > 1 else "")
     weight = ledger.is_parameter(b) and not ledger.is_parameter(a)
-    tracks = contract(
-        ledger,
-        ledger.state(a).tracks,
-        dims_of(a, a_letters),
-        ledger.state(b).tracks,
-        dims_of(b, b_letters),
-        out,
-        weight=weight,
-    )
+    tracks = product(ledger, f"{a_letters},{b_letters}->{out}", a, b, weight=weight)
     if call.name in ("baddbmm", "addmm"):
-        added, state = call.args[0], ledger.state(call.args[0])
-        tracks, _ = elementwise(
-            ledger,
-            tracks,
-            set(range(len(out))),
-            pad_left(state.tracks, len(out)),
-            values_vary(ledger, added, state, len(out)),
-        )
+        tracks = _added(ledger, tracks, len(out), call.args[0])
     return tracks
 
 
+def _added(ledger: Ledger, tracks: Tracks, ndim: int, other: Tensor) -> Tracks:
+    state = ledger.state(other)
+    theirs, vary = pad_left(state.tracks, ndim), values_vary(ledger, other, state, ndim)
+    return elementwise(ledger, tracks, set(range(ndim)), theirs, vary)[0]
+
+
+@rule_for("einsum")
 def einsum(ledger: Ledger, call: Call) -> Tracks | None:
     """Of two operands; others are unknown."""
     equation, operands = call.args[0], list(call.args[1:])
@@ -137,38 +123,27 @@ def einsum(ledger: Ledger, call: Call) -> Tracks | None:
         operands = list(operands[0])
     if not isinstance(equation, str) or "->" not in equation or "..." in equation or len(operands) != 2:
         return None
-    left, out = equation.replace(" ", "").split("->")
-    first, second = left.split(",")
-    if len(set(first)) < len(first) or len(set(second)) < len(second):
+    equation = equation.replace(" ", "")
+    if any(len(set(letters)) < len(letters) for letters in equation.split("->")[0].split(",")):
         return None
-    a, b = operands
-    return contract(
-        ledger,
-        ledger.state(a).tracks,
-        dims_of(a, first),
-        ledger.state(b).tracks,
-        dims_of(b, second),
-        out,
-        weight=ledger.is_parameter(b),
-    )
+    return product(ledger, equation, *operands, weight=ledger.is_parameter(operands[1]))
 
 
+@rule_for("scaled_dot_product_attention")
 def attention(ledger: Ledger, call: Call) -> Tracks:
     """``scaled_dot_product_attention``: the unit is what one matrix of scores belongs to, the head."""
     q, k, v = call.arg(0, "query"), call.arg(1, "key"), call.arg(2, "value")
     mask = call.arg(3, "attn_mask")
     lead = _LETTERS[: q.ndim - 2]
-    dims = [dims_of(t, lead + ends) for t, ends in ((q, "xe"), (k, "ye"), (v, "yz"))]
-    scores = contract(ledger, ledger.state(q).tracks, dims[0], ledger.state(k).tracks, dims[1], lead + "xy")
+    scores = product(ledger, f"{lead}xe,{lead}ye->{lead}xy", q, k)
     if mask is not None:
-        state = ledger.state(mask)
-        scores, _ = elementwise(
-            ledger, scores, set(range(q.ndim)), pad_left(state.tracks, q.ndim), values_vary(ledger, mask, state, q.ndim)
-        )
-    sizes = {**dims[0], **dims[1]}
-    return contract(ledger, scores, {c: sizes[c] for c in lead + "xy"}, ledger.state(v).tracks, dims[2], lead + "xz")
+        scores = _added(ledger, scores, q.ndim, mask)
+    sizes = dims_of(q, lead + "xe") | dims_of(k, lead + "ye")
+    of_scores = {c: sizes[c] for c in lead + "xy"}
+    return contract(ledger, scores, of_scores, ledger.state(v).tracks, dims_of(v, lead + "yz"), lead + "xz")
 
 
+@rule_for(MULTIHEAD, makes_units=True)
 def multi_head_attention(ledger: Ledger, call: Call) -> list[Tracks] | None:
     """``nn.MultiheadAttention`` with a packed projection; query, key and value are ``(length, batch, channel)``."""
     names = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
@@ -200,15 +175,3 @@ def multi_head_attention(ledger: Ledger, call: Call) -> list[Tracks] | None:
         weight=True,
     )
     return [_with_bias(ledger, tracks, out_b, 2, 3), ()]
-
-
-def layer_state(ledger: Ledger, call: Call, tracks: Tracks, history: int) -> State:
-    """The state of a layer's output: a new source."""
-    bit = ledger.new_layer()
-    return State(tracks, bit, history | bit)
-
-
-def is_depthwise(call: Call) -> bool:
-    """A convolution that mixes no channels: its output is still the same units."""
-    w = call.arg(1, "weight")
-    return int(call.arg(6, "groups", 1)) > 1 and isinstance(w, torch.Tensor) and w.shape[1] == 1

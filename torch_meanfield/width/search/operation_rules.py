@@ -1,7 +1,4 @@
-"""What each operation does to labels: element-wise, shape, reduction and normalisation functions.
-
-Which functions these are is in ``operations.py``; layers and attention are in ``layer_rules.py``.
-"""
+"""What each operation does to labels: element-wise, shape, reduction and normalisation functions."""
 
 from __future__ import annotations
 
@@ -12,9 +9,20 @@ import torch
 from torch import Tensor
 
 from torch_meanfield.observe import Call, tensors_in
-from torch_meanfield.width.search.join import Tracks, elementwise
-from torch_meanfield.width.search.labels import Ledger, State, compact, varying
-from torch_meanfield.observe.functions import ADDITIONS, LAST_NORMS, REDUCE, SOFT
+from torch_meanfield.observe.functions import (
+    ADDITIONS,
+    CHANNEL_NORMS,
+    LAST_NORMS,
+    NARY,
+    REDUCE,
+    SHAPE,
+    SOFT,
+    SPATIAL,
+    UNARY,
+)
+from torch_meanfield.width.search.join import elementwise
+from torch_meanfield.width.search.labels import Ledger, State, Tracks, compact, varying
+from torch_meanfield.width.search.rules import rule_for
 
 
 def pad_left(tracks: Sequence[Tensor], ndim: int) -> Tracks:
@@ -33,11 +41,19 @@ def values_vary(ledger: Ledger, tensor: Tensor, state: State, ndim: int) -> set[
     return {d + ndim - tensor.ndim for d in dims}
 
 
+@rule_for(*UNARY)
 def unary(ledger: Ledger, call: Call) -> Tracks:
     """The labels of the first operand."""
     return ledger.state(call.args[0]).tracks if call.args else ()
 
 
+@rule_for("copy_")
+def copy(ledger: Ledger, call: Call) -> Tracks:
+    """``x.copy_(y)``: the labels of y."""
+    return ledger.state(call.args[1]).tracks
+
+
+@rule_for(*NARY)
 def nary(ledger: Ledger, call: Call) -> Tracks:
     """Labels of all tensor operands meet, place by place."""
     tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)]
@@ -67,6 +83,7 @@ def is_residual(a: State, b: State) -> bool:
     return through or bool((a.history ^ b.history) & ~ends)
 
 
+@rule_for(*SHAPE)
 def shape(ledger: Ledger, call: Call) -> list[Tracks]:
     """Do to each track what was done to the tensor."""
     tensor = call.args[0]
@@ -105,6 +122,7 @@ def _on_cpu(value: Any) -> Any:
     return [_on_cpu(v) for v in value] if isinstance(value, list) else value
 
 
+@rule_for("cat", "concat", "concatenate")
 def cat(ledger: Ledger, call: Call) -> Tracks:
     """Tracks that vary along the joined dimension are joined; the others meet."""
     tensors = [t for t in call.arg(0, "tensors") if t.numel()]
@@ -125,6 +143,7 @@ def cat(ledger: Ledger, call: Call) -> Tracks:
     return (*across, whole) if whole is not None and varying(whole) else across
 
 
+@rule_for("stack")
 def stack(ledger: Ledger, call: Call) -> Tracks:
     """As :func:`cat`, along a new dimension."""
     tensors = list(call.arg(0, "tensors"))
@@ -138,6 +157,7 @@ def stack(ledger: Ledger, call: Call) -> Tracks:
     return tuple(t for t in out if varying(t))
 
 
+@rule_for(*REDUCE)
 def reduction(ledger: Ledger, call: Call) -> Tracks | list[Tracks]:
     """A sum over all of a track's units is symmetric in them and has no label; one over part of them leaves blocks."""
     tensor = call.args[0]
@@ -163,6 +183,7 @@ def _listed(dim: int | Sequence[int]) -> Sequence[int]:
     return [dim] if isinstance(dim, int) else dim
 
 
+@rule_for(*SPATIAL)
 def spatial(ledger: Ledger, call: Call) -> list[Tracks]:
     """Pooling and resizing: dimensions 0 and 1 keep their labels."""
     tensor = call.args[0]
@@ -176,6 +197,7 @@ def within_blocks(ledger: Ledger, tracks: Tracks, dims: set[int]) -> Tracks:
     return tuple(t for t in out if varying(t))
 
 
+@rule_for(*SOFT)
 def soft(ledger: Ledger, call: Call) -> Tracks:
     """Softmax and normalisation to unit length over one dimension."""
     tensor = call.args[0]
@@ -184,6 +206,7 @@ def soft(ledger: Ledger, call: Call) -> Tracks:
     return within_blocks(ledger, ledger.state(tensor).tracks, dims)
 
 
+@rule_for(*CHANNEL_NORMS, *LAST_NORMS)
 def norm(ledger: Ledger, call: Call) -> Tracks:
     """Batch, instance, layer and RMS norms: gains, biases and statistics meet the channels they are applied to."""
     tensor = call.args[0]
@@ -209,11 +232,13 @@ def _affine(ledger: Ledger, call: Call, tracks: Tracks) -> Tracks:
     return tracks
 
 
+@rule_for("prelu")
 def prelu(ledger: Ledger, call: Call) -> Tracks:
     """A slope for each channel."""
     return _affine(ledger, call, ledger.state(call.args[0]).tracks)
 
 
+@rule_for("group_norm")
 def group_norm(ledger: Ledger, call: Call) -> Tracks:
     """The unit is the norm group; with a single group, the channel."""
     tensor, groups = call.args[0], int(call.arg(1, "num_groups"))
@@ -229,6 +254,7 @@ def group_norm(ledger: Ledger, call: Call) -> Tracks:
     return _affine(ledger, call, tracks)
 
 
+@rule_for("glu")
 def glu(ledger: Ledger, call: Call) -> Tracks:
     """The two halves of a packed gate meet."""
     x, dim = call.args[0], int(call.arg(1, "dim", -1))
