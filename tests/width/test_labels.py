@@ -438,7 +438,9 @@ def test_a_registered_rule_finds_units_through_an_unknown_layer(call: Callable[.
 
 
 def test_a_wrong_rule_makes_no_population() -> None:
-    net = Fn(lambda m, x: m.b(mixed(m.a(x), m.w)), a=nn.Linear(3, 8), w=nn.Parameter(torch.randn(8, 8)), b=nn.Linear(8, 2))
+    net = Fn(
+        lambda m, x: m.b(mixed(m.a(x), m.w)), a=nn.Linear(3, 8), w=nn.Parameter(torch.randn(8, 8)), b=nn.Linear(8, 2)
+    )
 
     @rule_for("mixed")
     def follow_mixed(ledger: Ledger, call: Call) -> Tracks:
