@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torch_meanfield.particles import Neurons
 from torch_meanfield.particles.copying import whole
+from torch_meanfield.particles.population import homes
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,17 @@ def initialisers_of(population: Neurons, model: nn.Module | None) -> dict[int, I
 
     Reads the values once; to be called when an optimizer is wrapped, not while it steps.
     """
-    homes = _homes(model)
+    modules = {} if model is None else homes(model)
     found = {}
     for i, (column, role) in enumerate(zip(population.slices(population.columns), population.roles, strict=True)):
         if role == "out":
             continue
-        module = homes.get(id(column.tensor))
+        module = modules.get(id(column.tensor)) if isinstance(column.tensor, nn.Parameter) else None
         bound = _reset_bound(module) if role == "in" and module is not None else None
         value = whole(column.tensor).double()
         mean, std = value.mean().item(), value.std(correction=0).item() if value.numel() > 1 else 0.0
         found[i] = Initialiser(mean, std, False) if bound is None else Initialiser(0.0, bound, True)
     return found
-
-
-def _homes(model: nn.Module | None) -> dict[int, nn.Module]:
-    modules = [] if model is None else list(model.modules())
-    return {id(t): m for m in modules for t in m.parameters(recurse=False)}
 
 
 def _reset_bound(module: nn.Module) -> float | None:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_meanfield._torch import forward_hooks, in_backward, takes_hooks, untransformed
 from torch_meanfield.particles.neurons import Neurons
+from torch_meanfield.particles.population import homes
 from torch_meanfield.particles.ranks import world
 from torch_meanfield.width.births.activations import Activation
 
@@ -53,10 +54,11 @@ def surroundings_of(population: Neurons, model: nn.Module | None) -> Surrounding
     """
     if model is None:
         return None
-    homes = {id(t): m for m in model.modules() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
+    modules = homes(model)
     plain = all(c.outer == c.inner == 1 for c in population.slices(population.columns))
     found = [
-        {homes.get(id(c.tensor)) for c in group} for group in (population.incoming, population.outgoing, population.own)
+        {modules.get(id(c.tensor)) for c in group}
+        for group in (population.incoming, population.outgoing, population.own)
     ]
     if not plain or len(found[0]) != 1 or len(population.outgoing) != 1 or len(found[2]) > 1:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_meanfield.particles import Slice
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.population import named_tensors
-from torch_meanfield.width.search.labels import OUTPUT, Ledger
+from torch_meanfield.width.search.labels import OUTPUT, Ledger, united
 
 Place = tuple[str, int]  # a tensor's name and one of its dimensions
 
@@ -98,20 +98,11 @@ def _labels(ledger: Ledger, place: Place) -> Tensor:
 def _families(ledger: Ledger, classes: Tensor) -> list[list[Place]]:
     """Places that share a class, directly or through others, in the order in which they were met."""
     places = sorted(ledger.starts, key=lambda p: ledger.starts[p])
-    parent = list(range(len(places)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first: dict[int, int] = {}
-    for i, place in enumerate(places):
-        for c in torch.unique(classes[_labels(ledger, place)]).tolist():
-            parent[root(i)] = root(first.setdefault(c, i))
+    holds = [torch.unique(classes[_labels(ledger, place)]) + len(places) for place in places]
+    pairs = [torch.stack([torch.full_like(held, i), held]) for i, held in enumerate(holds)]
     members: dict[int, list[Place]] = {}
-    for i, place in enumerate(places):
-        members.setdefault(root(i), []).append(place)
+    for place, root in zip(places, united(pairs, len(places) + ledger.count).tolist(), strict=False):
+        members.setdefault(root, []).append(place)
     return list(members.values())
 
 

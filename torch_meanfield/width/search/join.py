@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_meanfield.width.search.labels import Ledger, Tracks, compact, pairs_of, varying
+from torch_meanfield.width.search.labels import Ledger, Tracks, compact, pairs_of, united, varying
 
 
 def elementwise(
@@ -40,7 +40,7 @@ def elementwise(
                 partner = i
                 met = met or kind == "met"
                 taken.add(i)
-                t = _joint(ledger, t, u)
+                t = ledger.collapse(t, varying(t) - varying(u))  # of the two, it varies only where both do
                 break
         if partner is None:
             t = ledger.collapse(t, b_varies)
@@ -79,21 +79,8 @@ def _shared(va: set[int], vb: set[int]) -> bool:
 
 
 def _components(pairs: Tensor) -> int:
-    parent: dict[int, int] = {}
-
-    def root(x: int) -> int:
-        while parent.setdefault(x, x) != x:
-            parent[x] = x = parent[parent[x]]
-        return x
-
-    for x, y in pairs.T.tolist():
-        parent[root(x)] = root(-y)
-    return len({root(x) for x in list(parent)})
-
-
-def _joint(ledger: Ledger, a: Tensor, b: Tensor) -> Tensor:
-    """The compact track of two that :func:`match` has united: it varies only where both do."""
-    return ledger.collapse(a, varying(a) - varying(b))
+    a, b = (torch.unique(side, return_inverse=True)[1] for side in pairs)
+    return len(torch.unique(united([torch.stack([a, b + len(a)])], 2 * len(a))[a]))
 
 
 def align(track: Tensor, letters: str, order: str) -> Tensor:

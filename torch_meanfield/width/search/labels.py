@@ -153,18 +153,21 @@ class Ledger:
 
     def classes(self) -> Tensor:
         """For each label (0 included) the smallest label it is united with."""
-        parent = torch.arange(self.count, device="cpu")
-        if not self.pairs:
+        return united(self.pairs, self.count)
+
+
+def united(pairs: list[Tensor], count: int) -> Tensor:
+    """For each of ``0..count - 1`` the smallest that ``pairs``, each of shape ``(2, k)``, unite it with."""
+    parent = torch.arange(count, device="cpu")
+    a, b = torch.cat(pairs, dim=1) if pairs else (parent, parent)
+    while True:  # each round hangs every root below the smallest neighbour and then flattens the trees
+        ra, rb = parent[a], parent[b]
+        if torch.equal(ra, rb):
             return parent
-        a, b = torch.cat(self.pairs, dim=1)
-        while True:  # each round hangs every root below the smallest neighbour and then flattens the trees
-            ra, rb = parent[a], parent[b]
-            if torch.equal(ra, rb):
-                return parent
-            low, high = torch.minimum(ra, rb), torch.maximum(ra, rb)
-            parent.scatter_reduce_(0, high, low, "amin")
-            while not torch.equal(flat := parent[parent], parent):
-                parent = flat
+        low, high = torch.minimum(ra, rb), torch.maximum(ra, rb)
+        parent.scatter_reduce_(0, high, low, "amin")
+        while not torch.equal(flat := parent[parent], parent):
+            parent = flat
 
 
 def pairs_of(a: Tensor, b: Tensor) -> Tensor:

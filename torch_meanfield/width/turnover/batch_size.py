@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_meanfield._torch import in_backward, takes_hooks, untransformed
 from torch_meanfield.particles.neurons import Neurons
+from torch_meanfield.particles.population import homes
 from torch_meanfield.particles.ranks import of_all_ranks
 from torch_meanfield.width.births.recorder import Tap
 from torch_meanfield.width.turnover.blocks import Blocks
@@ -116,12 +117,12 @@ def seen_at(populations: Sequence[Neurons | Blocks], model: nn.Module | None) ->
 
     With it, the parameter of it that gets a gradient whenever it does.
     """
-    homes = {} if model is None else {id(t): m for m in model.modules() for t in m.parameters(recurse=False)}
+    modules = {} if model is None else homes(model)
     for population in populations:
         if isinstance(population, Neurons):
             for column in population.outgoing:
-                if id(column.tensor) in homes:
-                    return homes[id(column.tensor)], column.tensor
+                if isinstance(column.tensor, nn.Parameter) and id(column.tensor) in modules:
+                    return modules[id(column.tensor)], column.tensor
         elif model is not None:
             return population.module, population.parameter
     return None
