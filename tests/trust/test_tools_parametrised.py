@@ -183,7 +183,7 @@ REFUSED = {
     "weight norm of the whole, first": (
         "whole",
         "",
-        "0.weight is computed by WeightNorm, in which units are not apart",
+        "0.weight is computed by WeightNorm, in which units are not independent",
     ),
     "spectral norm, first": ("spectral norm", "", "0.parametrizations.weight.original: meets vdot"),
     "spectral norm, last": ("", "spectral norm", "2.weight is computed by SpectralNorm"),
@@ -192,8 +192,8 @@ REFUSED = {
         "spectral norm, hook",
         r"2.weight is computed by SpectralNorm \(a hook of torch.nn",
     ),
-    "orthogonal, first": ("orthogonal", "", "0.weight is computed by Orthogonal, in which units are not apart"),
-    "centred, first": ("centred", "", "0.weight is computed by Centred, in which units are not apart"),
+    "orthogonal, first": ("orthogonal", "", "0.weight is computed by Orthogonal, in which units are not independent"),
+    "centred, first": ("centred", "", "0.weight is computed by Centred, in which units are not independent"),
     "centred, last": ("", "centred", "2.weight is computed by Centred"),
     "pruned, first": ("pruned", "", r"hooks of torch.nn.utils \(weight_norm, spectral_norm, prune\) keep such"),
     "weight norm hook": (
@@ -230,7 +230,7 @@ def test_declared_units_are_held_to_the_same() -> None:
     inner = torch.optim.SGD(net.parameters(), lr=0.1)
     original = net[0].parametrizations.weight.original  # type: ignore[union-attr]
     slices = [(original, 0), (net[0].bias, 0), (net[2].weight, 1)]
-    with pytest.raises(ValueError, match="0.weight is computed by SpectralNorm, in which units are not apart"):
+    with pytest.raises(ValueError, match="0.weight is computed by SpectralNorm, in which units are not independent"):
         BirthDeathOptimizer(inner, net, populations=slices)  # type: ignore[arg-type]
     computed = [(net[0].weight, 0), (net[0].bias, 0), (net[2].weight, 1)]
     for model in (net, None):

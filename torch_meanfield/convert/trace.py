@@ -20,7 +20,7 @@ class Value:
         node: what made it; ``None`` for a leaf (parameter, buffer, input, or made outside of what is observed).
         name: qualified name of a parameter or buffer.
         kind: ``"parameter"``, ``"buffer"``, ``"leaf"`` or ``"computed"``.
-        shape: of the tensor.
+        shape: Shape of the tensor.
         constant: computed from parameters, buffers and literals alone, not from the input.
     """
 

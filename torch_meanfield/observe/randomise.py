@@ -16,7 +16,7 @@ class Draws:
     """A stream of random numbers on the CPU, so that they are the same for every device.
 
     Args:
-        seed: of the generator.
+        seed: Seed of the generator.
     """
 
     def __init__(self, seed: int) -> None:
@@ -34,7 +34,7 @@ class Draws:
         return _tile_(torch.empty(n, dtype=numbers.dtype, device="cpu"), numbers, offset).reshape(shape)
 
     def fill_(self, tensor: Tensor, factor: float) -> None:
-        """Standard normal numbers times ``factor``, the same as of :meth:`take`.
+        """Standard normal numbers times ``factor``, the same that :meth:`take` gives.
 
         A large matrix is written once, piece by piece, without another one of its size in between.
         """
@@ -63,7 +63,7 @@ def randomise_(model: nn.Module, draws: Draws, scale: float = 1.0) -> None:
     are constants of the architecture and stay.
 
     Args:
-        scale: of the matrices.
+        scale: Factor on the standard deviation of matrices and kernels.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():

@@ -1,6 +1,6 @@
 """Templates: what is probably a population where labels were lost on the way.
 
-A custom ``autograd.Function`` is invisible to the observer, and some operations cannot be followed. Where one layer
+A kernel inside a custom ``autograd.Function`` is invisible to the observer, and some operations cannot be followed. Where one layer
 runs right after another that makes as many channels as it reads, the two (with the norms between them) are proposed;
 the proof decides.
 """
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from torch_meanfield.observe import Call
+from torch_meanfield.observe.functions import NORMS
 from torch_meanfield.particles import Slice
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.population import named_tensors
 
 _LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
-_NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Layers:
             if weight is not None:
                 grouped = call.name != "linear" and int(call.arg(6, "groups", 1)) > 1
                 self.calls.append(_Layer(weight, self.names.get(id(call.arg(2, "bias"))), grouped))
-        elif call.name in _NORMS and self.calls:
+        elif call.name in NORMS and self.calls:
             vectors = [t for t in (*call.args[1:], *call.kwargs.values()) if isinstance(t, Tensor)]
             self.calls[-1].own.extend(self.names[id(t)] for t in vectors if id(t) in self.names)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -53,7 +53,7 @@ def find_populations(model: nn.Module, example_input: Any, *, seed: int = 0) -> 
         model: any module; left exactly as it is (parameters, buffers, mode, random state, hooks).
         example_input: what it is called with: a tensor, a tuple of arguments, or a dict of keywords. A single example
             of the smallest size that the model takes is enough, and fastest.
-        seed: of the proof.
+        seed: Seed of the proof.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -64,62 +64,14 @@ def find_populations(model: nn.Module, example_input: Any, *, seed: int = 0) -> 
         >>> [(p.name, p.size) for p in find_populations(net, torch.randn(1, 3)).populations]
         [('0.weight', 8)]
     """
-    prover = Prover(model, example_input, seed=seed)
-    search = Search(prover)
-    refused: dict[str, Refused] = {}
-    for propose in PROPOSALS:
-        proposed, rejected = propose(search)
-        for r in rejected:
-            refused.setdefault(r.name, r)
-        for verdict in prover.prove(proposed, literally=False):
-            p = verdict.population
-            if verdict.reason is None:
-                search.found.append(p)
-                refused.pop(p.name, None)
-            else:
-                # What was refused for a reason of its own (the residual stream) keeps that reason.
-                refused.setdefault(p.name, Refused(p.name, verdict.reason))
+    search = Search(Prover(model, example_input, seed=seed))
+    search.by_labels()
+    if any(_in_groups(m) for m in model.modules()):  # what is exchangeable at the same place of every group
+        search.by_labels(free_groups=True)
+    search.by_templates()
     order = {id(t): i for i, t in enumerate(named_tensors(model).values())}
     search.found.sort(key=lambda p: order[id(p.columns[0].tensors[0])])
-    return Report(tuple(search.found), tuple(refused.values()))
-
-
-@dataclass
-class Search:
-    """What the proposals know of one another.
-
-    Attributes:
-        prover: holds the model and its private copy.
-        found: what has been proven so far.
-        followed: names of the weights that labels have reached.
-        layers: the layers in the order of execution.
-    """
-
-    prover: Prover
-    found: list[Neurons] = field(default_factory=list)
-    followed: set[str] = field(default_factory=set)
-    layers: Layers | None = None
-
-
-Proposal = Callable[[Search], "tuple[list[Neurons], list[Refused]]"]
-
-
-def by_labels(search: Search, *, free_groups: bool = False) -> tuple[list[Neurons], list[Refused]]:
-    """What label propagation proposes beyond what is found."""
-    prover = search.prover
-    model, example = prover.as_given()
-    search.layers = Layers(model)
-    ledger = propagate(model, example, free_groups=free_groups, also=search.layers)
-    search.followed |= ledger.readers()
-    proposed, refused = candidates(ledger, prover.model)
-    taken = {(id(c.tensor), c.dim) for p in search.found for c in p.slices(p.columns)}
-    return [p for p in proposed if not any((id(c.tensor), c.dim) in taken for c in p.slices(p.columns))], refused
-
-
-def by_places_in_groups(search: Search) -> tuple[list[Neurons], list[Refused]]:
-    """For models with grouped convolutions: what is exchangeable at the same place of every group."""
-    grouped = any(_in_groups(m) for m in search.prover.model.modules())
-    return (by_labels(search, free_groups=True)[0] if grouped else []), []
+    return Report(tuple(search.found), tuple(search.refused.values()))
 
 
 def _in_groups(module: nn.Module) -> bool:
@@ -128,11 +80,37 @@ def _in_groups(module: nn.Module) -> bool:
     return isinstance(groups, int) and isinstance(channels, int) and 1 < groups < channels
 
 
-def by_templates(search: Search) -> tuple[list[Neurons], list[Refused]]:
-    """Adjacent layers between which labels were lost."""
-    if search.layers is None:
-        return [], []
-    return adjacent_layers(search.layers, search.prover.model, search.found, search.followed), []
+class Search:
+    """Populations found so far, and what was refused; each method proposes more, and the prover decides."""
 
+    def __init__(self, prover: Prover) -> None:
+        self.prover = prover
+        self.found: list[Neurons] = []
+        self.refused: dict[str, Refused] = {}
+        self.followed: set[str] = set()  # names of the weights that labels have reached
+        self.layers = Layers(prover.model)  # in the order of execution
 
-PROPOSALS: tuple[Proposal, ...] = (by_labels, by_places_in_groups, by_templates)
+    def by_labels(self, *, free_groups: bool = False) -> None:
+        """What label propagation proposes beyond what is found."""
+        model, example = self.prover.as_given()
+        self.layers = Layers(model)
+        ledger = propagate(model, example, free_groups=free_groups, also=self.layers)
+        self.followed |= ledger.readers()
+        proposed, refused = candidates(ledger, self.prover.model)
+        for r in () if free_groups else refused:
+            self.refused.setdefault(r.name, r)
+        taken = {(id(c.tensor), c.dim) for p in self.found for c in p.slices(p.columns)}
+        self._prove([p for p in proposed if not any((id(c.tensor), c.dim) in taken for c in p.slices(p.columns))])
+
+    def by_templates(self) -> None:
+        """Adjacent layers between which labels were lost."""
+        self._prove(adjacent_layers(self.layers, self.prover.model, self.found, self.followed))
+
+    def _prove(self, proposed: list[Neurons]) -> None:
+        for verdict in self.prover.prove(proposed, literally=False):
+            p = verdict.population
+            if verdict.reason is None:
+                self.found.append(p)
+                self.refused.pop(p.name, None)
+            else:  # what was refused for a reason of its own (the residual stream) keeps that reason
+                self.refused.setdefault(p.name, Refused(p.name, verdict.reason))

@@ -27,7 +27,7 @@ UNCHANGED = 1e-10  # relative; true populations reach 1e-14
 CHANGED = 1e-7  # a thousand times that: what the proof could not see, it must not call unchanged
 CYCLE = 64  # units whose exchange is read off the gradient
 NUDGE = 1e-13
-SCALES = (1.0, 0.5, 0.25, 0.1)  # of the random matrices, in the order they are tried
+SCALES = (1.0, 0.5, 0.25, 0.1)  # factors on the random matrices, in the order they are tried
 MAGNIFIED = 100.0  # rounding errors of 1e-15 then stay three orders below what counts as unchanged
 
 

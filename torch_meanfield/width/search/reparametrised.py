@@ -1,8 +1,8 @@
 """Weights that are computed from other tensors before they are used: whose units can be replaced, and whose cannot.
 
 That a permutation of the units leaves the function as it is does not suffice for births: under spectral normalisation
-it does, and yet a newborn unit changes the norm by which all others are divided. Here units must be *apart*: changing
-the entries of some leaves the weights of the others as they are, bit for bit.
+it does, and yet a newborn unit changes the norm by which all others are divided. Here units must be *independent*:
+changing the entries of some leaves the weights of the others as they are, bit for bit.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Reparametrised:
                     f"its outgoing weight {computed.name} is computed by {computed.how} from the tensors the units "
                     f"own, so these tell neither the potential of a unit nor how to be born with none"
                 )
-            if computed.by is None or not _apart(computed.by, mine):
+            if computed.by is None or not _independent(computed.by, mine):
                 return (
-                    f"{computed.name} is computed by {computed.how}, in which units are not apart: one that is "
+                    f"{computed.name} is computed by {computed.how}, in which units are not independent: one that is "
                     f"replaced changes others"
                 )
         return None
@@ -97,7 +97,7 @@ def _ids(tensors: Iterable[Tensor]) -> frozenset[int]:
 
 
 @torch.no_grad()
-def _apart(by: ParametrizationList, columns: list[Slice]) -> bool:
+def _independent(by: ParametrizationList, columns: list[Slice]) -> bool:
     """Whether the units of ``columns`` own all that is learned in ``by``, and each makes its own weights from it."""
     owned = {id(c.tensor) for c in columns}
     if any(id(p) not in owned for p in by.parameters()):
