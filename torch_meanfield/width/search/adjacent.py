@@ -1,8 +1,8 @@
 """Templates: what is probably a population where labels were lost on the way.
 
-A kernel inside a custom ``autograd.Function`` is invisible to the observer, and some operations cannot be followed. Where one layer
-runs right after another that makes as many channels as it reads, the two (with the norms between them) are proposed;
-the proof decides.
+A kernel inside a custom ``autograd.Function`` is invisible to the observer, and some operations cannot be followed.
+Where one layer runs right after another that makes as many channels as it reads, the two (with the norms between them)
+are proposed; the proof decides.
 """
 
 from __future__ import annotations
