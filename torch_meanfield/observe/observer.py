@@ -7,7 +7,6 @@ branches can watch the additions.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from torch_meanfield._torch import forward_hooks, forward_pre_hooks, may_compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,12 +110,8 @@ def private_copy(
             f"torch.nn.utils (weight_norm, spectral_norm, prune) keep such; torch.nn.utils.parametrizations does not"
         ) from error
     for module in copy.modules():
-        for hooks in (
-            module._forward_pre_hooks,
-            module._forward_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
+        kinds = (forward_pre_hooks(module), forward_hooks(module), module._backward_hooks, module._backward_pre_hooks)
+        for hooks in kinds:
             for key, hook in list(hooks.items()):
                 if not type(hook).__module__.startswith("torch.nn.utils"):
                     del hooks[key]
@@ -140,7 +137,7 @@ def undisturbed(seed: int = 0) -> Iterator[None]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if "torch._dynamo" in sys.modules:  # else nothing can be compiled, and importing it takes seconds
+        if may_compile():  # else nothing can be compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.manual_seed(seed)
         yield

@@ -164,14 +164,7 @@ def multi_head_attention(ledger: Ledger, call: Call) -> list[Tracks] | None:
         for t in ledger.state(given[name]).tracks:
             ledger.unite(ledger.collapse(t, (0, 1)), columns[0].reshape(1, 1, -1))
     blocks = ledger.collapse(rows[0].reshape(3, heads, width // heads), (0, 2)).expand(1, heads, width // heads)
-    out_w, out_b = given["out_proj_weight"], given["out_proj_bias"]
-    tracks = contract(
-        ledger,
-        [compact(blocks.reshape(1, 1, width))],
-        {"a": 2, "b": 2, "y": width},
-        ledger.state(out_w).tracks,
-        dims_of(out_w, "zy"),
-        "abz",
-        weight=True,
-    )
-    return [_with_bias(ledger, tracks, out_b, 2, 3), ()]
+    heads_out, w = [compact(blocks.reshape(1, 1, width))], given["out_proj_weight"]
+    sizes = {"a": 2, "b": 2, "y": width}
+    tracks = contract(ledger, heads_out, sizes, ledger.state(w).tracks, dims_of(w, "zy"), "abz", weight=True)
+    return [_with_bias(ledger, tracks, given["out_proj_bias"], 2, 3), ()]

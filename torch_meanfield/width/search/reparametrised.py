@@ -18,6 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from torch_meanfield._torch import buffers_of, children_of, forward_pre_hooks, parameters_of
 from torch_meanfield.observe import fake_quantiser, undisturbed
 from torch_meanfield.particles import Slice
 from torch_meanfield.particles.neurons import Neurons
@@ -77,15 +78,15 @@ class Reparametrised:
 def _of(module: nn.Module, prefix: str) -> list[_Computed]:
     """The weights of ``module`` that are computed."""
     found: list[_Computed] = []
-    lists = module._modules.get("parametrizations")
+    lists = children_of(module).get("parametrizations")
     for name, each in lists.named_children() if isinstance(lists, nn.ModuleDict) else ():
         if isinstance(each, ParametrizationList):
             how = ", ".join(type(m).__name__.lstrip("_") for m in each)
             found.append(_Computed(prefix + name, how, _ids((*each.parameters(), *each.buffers())), each))
-    for hook in module._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(module).values():
         if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
             name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
-            theirs = {k: t for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+            theirs = {k: t for k, t in (*parameters_of(module).items(), *buffers_of(module).items()) if t is not None}
             how = f"{type(hook).__name__} (a hook of torch.nn.utils)"
             sources = _ids(t for k, t in theirs.items() if k.startswith(f"{name}_"))
             found.append(_Computed(prefix + name, how, sources, None))
