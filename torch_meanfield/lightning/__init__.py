@@ -1,7 +1,7 @@
 """Callbacks for any Lightning project (``pip install torch-meanfield[lightning]``); not imported by the package.
 
-In come a ``Trainer`` and its model; out go records of ``torch_meanfield.record`` in every logger, and checkpoints that
-resume exactly. The rooms for depth and width must not know this one; private names of Lightning are in ``_torch``.
+In: a trainer. Out: logs, records and pictures (thin over ``record/``), and exact resumption (``resume/``).
+How anything is decided or moved is not known here.
 """
 
 import sys

@@ -1,4 +1,8 @@
-"""Observing one eager forward pass: what the searches for neurons and for residual branches have in common."""
+"""Observing one eager forward pass: what the searches for neurons and for residual branches have in common.
+
+In: a model and an example. Out: the calls of torch functions, one by one.
+What is looked for in them is not known here.
+"""
 
 from torch_meanfield.observe.observer import Call as Call
 from torch_meanfield.observe.observer import Observer as Observer

@@ -1,4 +1,8 @@
-"""The foundation: exchangeable particles and the one operation ``new[i] = old[index[i]]``."""
+"""The foundation: exchangeable particles and the one operation ``new[i] = old[index[i]]``.
+
+In: tensors, an index, optimizers. Out: what particles own, moved in place, and a published :class:`Motion`.
+What a particle is for, a block or a neuron, is not known here.
+"""
 
 import sys
 

@@ -1,4 +1,8 @@
-"""Width: neurons as exchangeable particles."""
+"""The width wing: neurons as exchangeable particles that die and are born at fixed population.
+
+In: a model and its optimizer. Out: the same optimizer, with events.
+The depth wing is not known here: blocks are whatever resamples itself.
+"""
 
 from torch_meanfield.particles.neurons import Neurons as Neurons
 from torch_meanfield.particles.neurons import neurons_from as neurons_from

@@ -1,4 +1,8 @@
-"""Finding populations of neurons in a model, and proving that they are exchangeable."""
+"""Finding populations of neurons in a model, and proving that they are exchangeable.
+
+In: a model and an example. Out: proven populations, and candidates that were refused, with the reason.
+When units die, and the optimizer, are not known here.
+"""
 
 from torch_meanfield.width.search.candidates import Refused as Refused
 from torch_meanfield.width.search.find import Report as Report
