@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ if __package__ in (None, ""):  # run as a script: the checkout's packages are fo
 
 from benchmarks.timing import clock_of, compared, in_turns, table, written
 from recipes.record import provenance
-from torch_meanfield import MeanFieldSequential
+from torch_meanfield import BirthDeathOptimizer, MeanFieldSequential
 
 Step = Callable[[], None]
 
@@ -61,8 +62,30 @@ def depth() -> dict[str, Step]:
     return steps
 
 
+def width(kind: str) -> dict[str, Step]:
+    """An MLP 196-64-64-10 at batch 16, its optimizer wrapped with the defaults and bare."""
+    makes = {
+        "SGD": lambda params: torch.optim.SGD(params, lr=0.01),
+        "fused Adam": lambda params: torch.optim.Adam(params, lr=1e-3, fused=True),
+    }
+    steps: dict[str, Step] = {}
+    for name in ("BirthDeathOptimizer", kind):
+        torch.manual_seed(0)
+        layers = (nn.Linear(196, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        model = nn.Sequential(*layers)
+        optimizer = makes[kind](model.parameters())
+        if name != kind:
+            optimizer = BirthDeathOptimizer(optimizer, model)
+        steps[name] = stepper(model, optimizer, torch.randn(16, 196))
+    return steps
+
+
 # Each row: ours and the plain one, in this order, and the highest ratio that is allowed.
-ROWS: dict[str, tuple[Callable[[], dict[str, Step]], float]] = {"depth: 8 branches of width 64, SGD": (depth, 1.15)}
+ROWS: dict[str, tuple[Callable[[], dict[str, Step]], float]] = {
+    "depth: 8 branches of width 64, SGD": (depth, 1.15),
+    "width: MLP 196-64-64-10, SGD": (partial(width, "SGD"), 1.25),
+    "width: MLP 196-64-64-10, fused Adam": (partial(width, "fused Adam"), 1.25),
+}
 
 
 def measured(make: Callable[[], dict[str, Step]], repeats: int, inner: int, label: str) -> dict:
@@ -76,7 +99,9 @@ def measured(make: Callable[[], dict[str, Step]], repeats: int, inner: int, labe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--inner", type=int, default=50, help="steps of each contender in each repeat")
+    parser.add_argument(
+        "--inner", type=int, default=200, help="steps of each contender in each repeat; 200 hold one event of births"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "small.json")
     args = parser.parse_args()
     if args.repeats < 1 or args.inner < 1:
