@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -52,6 +53,20 @@ def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> St
     return step
 
 
+def classifier(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """One training step of ``model`` on the next of 64 batches of 16 random images with random labels."""
+    images, labels = torch.randn(64, 16, 196), torch.randint(10, (64, 16))
+    turn = cycle(range(64))
+
+    def step() -> None:
+        i = next(turn)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images[i]), labels[i]).backward()
+        optimizer.step()
+
+    return step
+
+
 def depth() -> dict[str, Step]:
     """8 MLP branches of width 64 at batch 32, as a mean-field layer and as the ordinary residual stack."""
     steps = {}
@@ -76,7 +91,7 @@ def width(kind: str) -> dict[str, Step]:
         optimizer = makes[kind](model.parameters())
         if name != kind:
             optimizer = BirthDeathOptimizer(optimizer, model)
-        steps[name] = stepper(model, optimizer, torch.randn(16, 196))
+        steps[name] = classifier(model, optimizer)
     return steps
 
 

@@ -115,7 +115,7 @@ def test_the_search_for_unsafe_calls_finds_them(line: str, tmp_path: Path) -> No
 
 def test_a_refused_load_leaves_attributes_and_tensors_of_every_module_as_they_were() -> None:
     layer = MeanFieldSequential(*(torch.nn.Linear(2, 2) for _ in range(3)), learn_tau=False)
-    assert layer._plain
+    assert layer.tau_axis.unit_steps
     model = torch.nn.Sequential(layer, torch.nn.Linear(2, 1))
     before, tensors = hostile_files.fingerprint(model.state_dict()), dict(model.state_dict(keep_vars=True))
     state = {**model.state_dict(), "0.tau_axis.anchor": torch.tensor([3.0, 2.0, 1.0])}
@@ -123,7 +123,7 @@ def test_a_refused_load_leaves_attributes_and_tensors_of_every_module_as_they_we
     for assign in (False, True):
         with pytest.raises(RuntimeError, match=r"1\.weight"):
             load_whole_(model, state, assign=assign)
-        assert hostile_files.fingerprint(model.state_dict()) == before and layer._plain
+        assert hostile_files.fingerprint(model.state_dict()) == before and layer.tau_axis.unit_steps
         assert all(model.state_dict(keep_vars=True)[k] is t for k, t in tensors.items())
 
 
