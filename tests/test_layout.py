@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def imports(name: str) -> set[str]:
         if id(node) in left_out:
             continue
         if isinstance(node, ast.ImportFrom) and node.module is not None:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= names & FILES.keys() or {node.module} & FILES.keys()
+            for alias in node.names:
+                found |= {f"{node.module}.{alias.name}"} & FILES.keys() or {node.module} & FILES.keys()
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names} & FILES.keys()
     return found - {name}
@@ -44,9 +45,44 @@ def files(room: str) -> list[str]:
 
 
 def test_no_import_goes_round_in_a_circle() -> None:
-    faces = {name for name, path in FILES.items() if path.name == "__init__.py"}
-    graph = {name: imports(name) - faces for name in FILES}
+    graph = {name: imports(name) for name in FILES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)  # raises CycleError, which names the files
+
+
+def drawn() -> tuple[dict[str, str], dict[str, set[str]]]:
+    """The modules that the picture of docs/layout.md names, by their label in it, and the arrows from each."""
+    picture = re.search(r"```mermaid\n(.*?)```", (ROOT / "docs/layout.md").read_text(), flags=re.S)
+    assert picture is not None
+    rooms = {
+        label: "torch_meanfield." + path.removesuffix(".py").rstrip("/").replace("/", ".")
+        for label, path in re.findall(r'(\w+)\["(.*?)<br/>', picture[1])
+    }
+    arrows = {
+        rooms[tail]: {rooms[head] for head in heads.split(" & ")}
+        for tail, heads in re.findall(r"(\w+) --> (.*)", picture[1])
+    }
+    return rooms, arrows
+
+
+def test_the_arrows_of_the_picture_are_the_imports() -> None:
+    rooms, arrows = drawn()
+    # What the wing offers as a whole stands in its uppermost room.
+    uppermost = {"torch_meanfield.width": rooms["optimizer"]}
+
+    def room(name: str) -> str | None:
+        inside = [other for other in rooms.values() if f"{name}.".startswith(f"{other}.")]
+        return max(inside, key=len, default=uppermost.get(name))
+
+    faces = {"torch_meanfield", *uppermost}  # their __init__.py names everything
+    at_home = [name for name in FILES if name.startswith("torch_meanfield") and name not in faces]
+    assert not [name for name in at_home if room(name) is None]
+    taken = {(room(name), room(other)) for name in at_home for other in imports(name)}
+    direct = {(tail, head) for tail, heads in arrows.items() for head in heads}
+    assert not direct - taken, "arrows that no import needs"
+    allowed = {other: {other} for other in rooms.values()}
+    for other in TopologicalSorter(arrows).static_order():
+        allowed[other] |= {far for near in arrows.get(other, ()) for far in allowed[near]}
+    assert not {(tail, head) for tail, head in taken if tail and head not in allowed[tail]}, "imports without an arrow"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +131,21 @@ def test_the_examples_of_the_page_on_extending_run() -> None:
     scope: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/extending.md", "exec"), scope)
+
+
+def test_the_row_on_the_page_on_extending_is_a_row(tmp_path: Path) -> None:
+    rows = pytest.importorskip("recipes.grids.rows").rows
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/extending.md").read_text(), flags=re.M | re.S)
+    (tmp_path / "resnet26-cifar10.yaml").write_text(block)
+    shutil.copytree(ROOT / "recipes/configs/trainer", tmp_path / "trainer")
+    row = rows(tmp_path)["resnet26"]
+    assert (row.title, row.data, row.epochs) == ("ResNet-26", "cifar10", 160)
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    for page in ("docs/layout.md", "docs/extending.md", "CONTRIBUTING.md"):
+        for path in re.findall(r"`((?:[\w.]+/)+[\w.]*|\w+\.py)`", (ROOT / page).read_text()):
+            assert any((root / path).exists() for root in (ROOT, ROOT / "torch_meanfield")), f"{page}: {path}"
 
 
 def test_links_of_the_pages_lead_somewhere() -> None:

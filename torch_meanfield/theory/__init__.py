@@ -1,6 +1,7 @@
 """Mean-field theory made runnable: each prediction a function, to be put beside a real network.
 
-Everything here reads the rest of the package; nothing in the package needs it.
+In: a formula, or a network and its data. Out: predictions, measurements beside them, and a diagnosis.
+How particles are moved is not known here, and no other room imports this one.
 """
 
 from torch_meanfield.theory.arc_cosine import inner_kernel as inner_kernel
