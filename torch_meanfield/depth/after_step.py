@@ -10,10 +10,9 @@ The package hooks into torch globally in three places; times are of one core of 
 
 from __future__ import annotations
 
-import threading
+import math
 import weakref
-from collections.abc import Mapping
-from itertools import chain, count
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,87 +21,112 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torch_meanfield.depth.sorting import Sortable, sort_
+from torch_meanfield.depth.tau_axis import TauAxis
 from torch_meanfield.particles.averages import trained_by_itself
 from torch_meanfield.particles.no_compile import eagerly
 from torch_meanfield.particles.optimizer_state import check_undivided
 
-# Which layers exist, so that a step can find those whose tau its own optimizer holds, and the tau that optimizers are
-# known to step. Never acted on as a whole.
-_layers: weakref.WeakKeyDictionary[Sortable, Tensor | None] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+
+@dataclass
+class Known:
+    """A layer that exists, so that a step can find it if its own optimizer holds its tau; never acted on otherwise.
+
+    Attributes:
+        layer: the layer, weakly.
+        tau: the parameter that optimizers are known to step.
+        place: number of the group and place in it where an optimizer held ``tau`` last, so that it need not search.
+    """
+
+    layer: weakref.ref[Sortable]
+    tau: Tensor | None
+    place: tuple[int, int] = (0, 0)
+
+
+class Owned:
+    """Where ``optimizer`` holds what, listed only if a parameter is not where it was found last."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.groups = optimizer.param_groups
+        self.places: dict[int, tuple[int, int]] | None = None
+
+    def holds(self, tau: Tensor | None, known: Known) -> bool:
+        """Whether the optimizer steps ``tau``; remembers where."""
+        g, i = known.place
+        if g < len(self.groups) and i < len(self.groups[g]["params"]) and self.groups[g]["params"][i] is tau:
+            return True
+        if self.places is None:
+            self.places = {id(p): (g, i) for g, group in enumerate(self.groups) for i, p in enumerate(group["params"])}
+        known.place = self.places.get(id(tau), known.place)
+        return id(tau) in self.places
+
+
+_layers: dict[int, Known] = {}
 
 
 def register(layer: Sortable) -> None:
     """Let optimizer steps find ``layer`` for as long as it lives."""
-    with _lock:
-        _layers[layer] = layer.tau_axis.offset
+    number = id(layer)
+    _layers[number] = Known(weakref.ref(layer, lambda _: _layers.pop(number, None)), layer.tau_axis.offset)
 
 
 @eagerly
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    with _lock:
-        layers = [(layer, layer.tau_axis) for layer in _layers if layer.auto_resort and layer.training]
-    if not layers:
-        return
-    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    owned = dict(zip(map(id, params), count()))
-    stepped = []
-    for layer, axis in layers:
-        offset = axis.offset
-        if offset is not _layers[layer]:
-            _check_not_replaced(layer, offset, owned)
-        if id(offset) in owned:
-            stepped.append((owned[id(offset)], layer, axis))
+    owned = Owned(optimizer)
+    stepped: list[tuple[tuple[int, int], Sortable, TauAxis]] = []
+    for known in list(_layers.values()):
+        layer = known.layer()
+        if layer is None or not layer.auto_resort or not layer.training:
+            continue
+        axis = layer.tau_axis
+        tau = axis.offset
+        if tau is not known.tau:
+            _check_not_replaced(known, layer, owned)
+        if owned.holds(tau, known):
+            stepped.append((known.place, layer, axis))
     if not stepped:
         return
     check_undivided(optimizer)
-    # In one order on all ranks (a set has its own in each process): reading a sharded tau is a collective.
+    # In one order on all ranks (that in which they were made may differ): reading a sharded tau is a collective.
     stepped.sort(key=lambda entry: entry[0])
     taus = []
     for _, layer, axis in stepped:
         trained_by_itself(layer)
         axis.keep_exact_()
         taus.append(axis.read())
-    out_of_order = _out_of_order(taus, getattr(optimizer, "found_inf", None))
-    for _, layer, axis in stepped:
-        if out_of_order:
-            sort_(layer, cause="resort", optimizers=[optimizer])
-        else:
+    if _in_order(taus) or bool(getattr(optimizer, "found_inf", None)):
+        for _, _, axis in stepped:
             axis.mark_sorted()
+    else:
+        for _, layer, _ in stepped:
+            sort_(layer, cause="resort", optimizers=[optimizer])
 
 
-def _check_not_replaced(layer: Sortable, now: Tensor | None, owned: Mapping[int, int]) -> None:
+def _check_not_replaced(known: Known, layer: Sortable, owned: Owned) -> None:
     """Raise if the step was one on a tau that the layer held before its parameters were replaced."""
-    known = _layers[layer]
-    if known is not None and id(known) in owned:  # it is kept alive here, so the number is no other tensor's
+    if known.tau is not None and owned.holds(known.tau, known):  # kept alive here: its id is no other tensor's
         raise ValueError(
             f"{layer._label()}: the optimizer steps a tau that is no longer this layer's; its parameters were "
             f"replaced (by load_state_dict(assign=True), say): make the optimizer after that, or load without assign; "
             f"or they are gathered by FSDP2 since a forward pass without a backward pass: call reshard() before step()"
         )
-    if id(now) in owned:
-        _layers[layer] = now
+    if owned.holds(layer.tau_axis.offset, known):
+        known.tau = layer.tau_axis.offset
 
 
-def _out_of_order(taus: list[Tensor], found_inf: Tensor | None) -> bool:
-    """Whether any layer has work to do, in one read from each device (one, that is, but for split models).
-
-    ``found_inf`` is set by a ``GradScaler`` on fused optimizers, whose ``step()`` runs on overflow too and skips on
-    the device.
-    """
+def _in_order(taus: list[Tensor]) -> bool:
+    """Whether no layer has work to do, in one read from each device (one, that is, but for split models)."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tau in taus:
         by_device.setdefault(tau.device, []).append(tau)
     for together in by_device.values():
-        values = iter((together[0] if len(together) == 1 else torch.cat(together)).tolist())
+        times = (together[0] if len(together) == 1 else torch.cat(together)).tolist()
         for tau in together:
-            before = 0.0
-            for _ in range(tau.numel()):
-                time = next(values)
-                if not before <= time < float("inf"):  # crossings, positions below 0, nan and inf at once
-                    return found_inf is None or not bool(found_inf)
+            before, mine, times = 0.0, times[: len(tau)], times[len(tau) :]
+            for time in mine:
+                if not before <= time < math.inf:  # crossings, positions below 0, nan and inf at once
+                    return False
                 before = time
-    return False
+    return True
 
 
 register_optimizer_step_post_hook(cast(Any, _after_step))

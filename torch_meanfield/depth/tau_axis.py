@@ -71,7 +71,6 @@ class TauAxis(nn.Module):
         exact = torch.where(self.exact_offset.to(offset.dtype) == offset, self.exact_offset, wide)
         return exact.detach() + (wide - wide.detach())
 
-    @torch.no_grad()
     def read(self) -> Tensor:
         """Detached positions by slot, gathered from all ranks if the offset is sharded."""
         offset = self.offset
@@ -104,7 +103,7 @@ class TauAxis(nn.Module):
 
     def mark_sorted(self, known: bool = True) -> None:
         """Note that the slots are in the order of tau, as it is now, or that this is no longer known."""
-        self._sorted_at = self.version() if known else ()
+        self.__dict__["_sorted_at"] = self.version() if known else ()  # past Module.__setattr__, at every step
 
     def is_sorted(self) -> bool:
         """Whether the slots are known to be in the order of tau, without reading it."""
