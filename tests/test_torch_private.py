@@ -82,6 +82,7 @@ def test_what_a_module_holds_is_the_dictionary_itself(of):
         ("register_forward_hook", _torch.forward_hooks),
         ("register_forward_pre_hook", _torch.forward_pre_hooks),
         ("register_full_backward_hook", _torch.backward_hooks),
+        ("register_full_backward_pre_hook", _torch.backward_pre_hooks),
         ("register_state_dict_post_hook", _torch.state_dict_hooks),
     ],
 )
@@ -91,6 +92,13 @@ def test_hooks_of_a_module(register, of):
     assert list(of(module).values()) == [hook]
     handle.remove()
     assert not of(module)
+
+
+def test_pruned_name_is_that_of_the_masked_parameter():
+    module = nn.Linear(2, 2)
+    torch.nn.utils.prune.identity(module, "weight")
+    (hook,) = _torch.forward_pre_hooks(module).values()
+    assert _torch.pruned_name(hook) == "weight"
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,16 @@ def backward_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]
     return module._backward_hooks
 
 
+def backward_pre_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
+    """The hooks called before the backward pass of ``module``. Wraps ``Module._backward_pre_hooks``."""
+    return module._backward_pre_hooks
+
+
+def pruned_name(hook: Any) -> str:
+    """The parameter that a hook of ``torch.nn.utils.prune`` masks. Wraps ``BasePruningMethod._tensor_name``."""
+    return str(hook._tensor_name)
+
+
 def state_dict_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
     """The hooks called after ``module.state_dict()``. Wraps ``Module._state_dict_hooks``."""
     return module._state_dict_hooks
