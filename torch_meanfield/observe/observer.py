@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_meanfield._torch import forward_hooks, forward_pre_hooks, may_compile
+from torch_meanfield._torch import backward_hooks, backward_pre_hooks, forward_hooks, forward_pre_hooks, may_compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +110,8 @@ def private_copy(
             f"torch.nn.utils (weight_norm, spectral_norm, prune) keep such; torch.nn.utils.parametrizations does not"
         ) from error
     for module in copy.modules():
-        kinds = (forward_pre_hooks(module), forward_hooks(module), module._backward_hooks, module._backward_pre_hooks)
-        for hooks in kinds:
+        for kind in (forward_pre_hooks, forward_hooks, backward_hooks, backward_pre_hooks):
+            hooks = kind(module)
             for key, hook in list(hooks.items()):
                 if not type(hook).__module__.startswith("torch.nn.utils"):
                     del hooks[key]
@@ -154,6 +154,20 @@ def tensors_in(value: Any) -> list[Tensor]:
     if hasattr(value, "__dataclass_fields__"):
         return [t for v in vars(value).values() for t in tensors_in(v)]
     return []
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with ``change`` made to every tensor in its nested lists, tuples and mappings, which are made anew.
+
+    Anything else is passed on as it is, shapes and named tuples too.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: map_tensors(change, v) for k, v in value.items()}
+    if isinstance(value, tuple) and not hasattr(value, "_fields") and not isinstance(value, torch.Size):
+        return tuple(map_tensors(change, v) for v in value)
+    return [map_tensors(change, v) for v in value] if isinstance(value, list) else value
 
 
 def observe(model: nn.Module, example_input: Any, watch: Callable[[Call], None]) -> Any:

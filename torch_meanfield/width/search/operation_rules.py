@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_meanfield.observe import Call, tensors_in
+from torch_meanfield.observe import Call, map_tensors, tensors_in
 from torch_meanfield.observe.functions import (
     ADDITIONS,
     CHANNEL_NORMS,
@@ -99,12 +98,12 @@ def shape(ledger: Ledger, call: Call) -> list[Tracks]:
 
 
 def _redo(call: Call, full: Tensor) -> object:
-    args = _on_cpu(call.args[1:])  # where labels are
+    args = map_tensors(Tensor.cpu, call.args[1:])  # where labels are
     if call.name in ("view", "view_as"):  # an expanded tensor has no such view
         return full.reshape(args[0].shape) if call.name == "view_as" else full.reshape(*args, **call.kwargs)
     if call.name == "as_strided":
         full = full.contiguous()
-    kwargs = {k: 0 if k == "value" else _on_cpu(v) for k, v in call.kwargs.items()}
+    kwargs = {k: 0 if k == "value" else map_tensors(Tensor.cpu, v) for k, v in call.kwargs.items()}
     if call.name == "pad" and len(args) > 2:
         args = (*args[:2], 0)
     try:
@@ -112,14 +111,6 @@ def _redo(call: Call, full: Tensor) -> object:
     except (RuntimeError, NotImplementedError):  # some are not written for integers; doubles hold labels exactly
         moved = call.func(full.double(), *args, **kwargs)
         return [m.long() for m in tensors_in(moved)]
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, tuple) and not isinstance(value, torch.Size):
-        return tuple(_on_cpu(v) for v in value)
-    return [_on_cpu(v) for v in value] if isinstance(value, list) else value
 
 
 @rule_for("cat", "concat", "concatenate")
@@ -268,7 +259,7 @@ def glu(ledger: Ledger, call: Call) -> Tracks:
 
 def setitem(ledger: Ledger, call: Call) -> None:
     """``x[index] = value``: the labels of the value meet those of the place, or fill it."""
-    x, index, value = call.args[0], _on_cpu(call.args[1]), call.args[2]
+    x, index, value = call.args[0], map_tensors(Tensor.cpu, call.args[1]), call.args[2]
     state, theirs = ledger.state(x), ledger.state(value)
     new = list(state.tracks)
     for t in theirs.tracks:

@@ -9,7 +9,7 @@ permutation of the incoming columns alone must not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torch_meanfield.observe import InDouble, fake_quantiser, private_copy, run, tensors_in, undisturbed
+from torch_meanfield.observe import InDouble, fake_quantiser, map_tensors, private_copy, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, draw_, nudge_, randomise_
 from torch_meanfield.particles import Population, Slice, transport_
 from torch_meanfield.particles.neurons import Neurons
@@ -88,7 +88,7 @@ class Prover:
         self.draws = Draws(seed)
         self.generator = self.draws.generator
         self.seed = seed
-        self.given, self.example = example_input, _double(example_input)
+        self.given, self.example = example_input, map_tensors(_double, example_input)
         self.graph: Tensor | None = None  # the output of the last forward with gradients, while it can be used
         self.mode: type[InDouble] | type[nullcontext[None]] = InDouble
         self.scales = iter(SCALES)
@@ -171,7 +171,7 @@ class Prover:
         """The change when ``populations`` (of this copy) are permuted, each by a random cycle of all its units.
 
         Args:
-            gradients: keep the output with its history in :attr:`graph`, if it is unchanged.
+            gradients: Keep the output with its history in :attr:`graph`, if it is unchanged.
         """
         self.graph = None
         if only_incoming:
@@ -203,7 +203,7 @@ class Prover:
         """A verdict for each population: all in one joint forward, by halves only where that fails.
 
         Args:
-            populations: of the model.
+            populations: Populations of the model.
             literally: permute the incoming columns of each population alone, one forward for each. ``False`` reads
                 off one backward pass for all how permuting the outgoing columns alone changes the output to first
                 order. For a population that the joint permutation P leaves unchanged, P on the incoming (and own)
@@ -229,7 +229,7 @@ class Prover:
         columns = population.slices(population.columns)
         if population.owner is not self.model or any(id(c.tensor) not in self.theirs for c in columns):
             return population.within(self.copy)
-        twins = [Slice(self.theirs[id(c.tensor)], c.dim, c.outer, c.inner) for c in columns]
+        twins = [c.on(self.theirs[id(c.tensor)]) for c in columns]
         return Neurons(twins, population.roles, self.copy, population.name)
 
     def _draw_constants(self, twins: Sequence[Neurons]) -> None:
@@ -312,13 +312,5 @@ def _double_copy(model: nn.Module) -> nn.Module:
     return private_copy(model, parameters=empty).double()
 
 
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().double() if value.is_floating_point() else value.detach()
-    if isinstance(value, Mapping):
-        return {k: _double(v) for k, v in value.items()}
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_double(v) for v in value)
-    if isinstance(value, list):
-        return [_double(v) for v in value]
-    return value
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()

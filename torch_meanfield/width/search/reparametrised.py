@@ -18,7 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from torch_meanfield._torch import buffers_of, children_of, forward_pre_hooks, parameters_of
+from torch_meanfield._torch import buffers_of, children_of, forward_pre_hooks, parameters_of, pruned_name
 from torch_meanfield.observe import fake_quantiser, undisturbed
 from torch_meanfield.particles import Slice
 from torch_meanfield.particles.neurons import Neurons
@@ -85,7 +85,7 @@ def _of(module: nn.Module, prefix: str) -> list[_Computed]:
             found.append(_Computed(prefix + name, how, _ids((*each.parameters(), *each.buffers())), each))
     for hook in forward_pre_hooks(module).values():
         if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
-            name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+            name = pruned_name(hook) if isinstance(hook, BasePruningMethod) else hook.name
             theirs = {k: t for k, t in (*parameters_of(module).items(), *buffers_of(module).items()) if t is not None}
             how = f"{type(hook).__name__} (a hook of torch.nn.utils)"
             sources = _ids(t for k, t in theirs.items() if k.startswith(f"{name}_"))
@@ -114,12 +114,12 @@ def _independent(by: ParametrizationList, columns: list[Slice]) -> bool:
         if like is None:
             return False  # which part of the weight is a unit's cannot be told
         for column in columns:
-            theirs = Slice(tensors[places[id(column.tensor)]], column.dim, column.outer, column.inner)
+            theirs = column.on(tensors[places[id(column.tensor)]])
             units = theirs.by_particle(theirs.tensor).movedim(column.dim + 1, 0)[half::2]
             units.copy_(torch.randn(units.shape, generator=generator, device="cpu"))
         with undisturbed():
             after = copy()
-        layout = Slice(before, like.dim, like.outer, like.inner)
+        layout = like.on(before)
         old, new = (layout.by_particle(t.contiguous()).movedim(like.dim + 1, 0)[1 - half :: 2] for t in (before, after))
         if not torch.equal(old, new):
             return False
