@@ -19,7 +19,7 @@ from torch_meanfield.convert.blocks import Block
 from torch_meanfield.convert.residual import nested_additions
 from torch_meanfield.convert.sites import Site, attached
 from torch_meanfield.convert.trace import trace
-from torch_meanfield.observe import run, tensors_in, undisturbed
+from torch_meanfield.observe import map_tensors, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, randomise_
 from torch_meanfield.particles.population import named_tensors
 
@@ -38,7 +38,7 @@ class BlockInputs:
         for name in names:
 
             def keep(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                self.by_name[name] = (_map(args, _cloned), _map(kwargs, _cloned))
+                self.by_name[name] = (map_tensors(_cloned, args), map_tensors(_cloned, kwargs))
 
             handles.append(modules[name].register_forward_pre_hook(keep, with_kwargs=True))
         try:
@@ -62,7 +62,7 @@ class Trial:
     def __init__(self, block: Block, module: nn.Module, inputs: tuple[Any, Any]) -> None:
         self.block = block
         self.module = deepcopy(module).double().eval()
-        self.args, self.kwargs = _map(inputs[0], _doubled), _map(inputs[1], _doubled)
+        self.args, self.kwargs = map_tensors(_doubled, inputs[0]), map_tensors(_doubled, inputs[1])
         for scale in (1.0, 0.3, 0.1):
             randomise_(self.module, Draws(0), scale)
             self.output = self.run(self.module)
@@ -75,7 +75,7 @@ class Trial:
         if isinstance(module, nn.Module):
             module.train().eval()  # clears tables that some blocks cache in eval mode
         with undisturbed():
-            args, kwargs = _map(self.args, _cloned), _map(self.kwargs, _cloned)
+            args, kwargs = map_tensors(_cloned, self.args), map_tensors(_cloned, self.kwargs)
             if mode is None:
                 out = module(*args, **kwargs)
             else:
@@ -160,7 +160,7 @@ class _Called(nn.Module):
 
     def forward(self) -> Any:
         args, kwargs = self.given
-        return self.module(*_map(args, _cloned), **_map(kwargs, _cloned))
+        return self.module(*map_tensors(_cloned, args), **map_tensors(_cloned, kwargs))
 
 
 class _Scaling(TorchFunctionMode):
@@ -184,18 +184,6 @@ class _Scaling(TorchFunctionMode):
                 scaled = stream + self.factor * (result - stream)
                 return result.copy_(scaled) if any(result is t for t in operands) else scaled
         return result
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {k: _map(v, change) for k, v in value.items()}
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_map(v, change) for v in value)
-    if isinstance(value, list):
-        return [_map(v, change) for v in value]
-    return value
 
 
 def _cloned(t: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_meanfield.theory.contraction import add_product_
 from torch_meanfield.theory.tangent_routes import Routes, routes
 from torch_meanfield.theory.uses import Use, differentiate_, observe, trained
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def empirical_ntk(
@@ -177,7 +178,7 @@ def check(
     if not trained(model):
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to differentiate by")
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
+        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
             raise ValueError(
                 f"the batch norm {name!r} keeps no running statistics, so that samples interact and have no kernel of "
                 f"their own; make it with track_running_stats=True"

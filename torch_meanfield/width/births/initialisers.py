@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from torch_meanfield.particles import Neurons
 from torch_meanfield.particles.copying import whole
@@ -70,7 +69,7 @@ def initialisers_of(population: Neurons, model: nn.Module | None) -> dict[int, I
 def _reset_bound(module: nn.Module) -> float | None:
     """``1/sqrt(fan_in)`` if ``module`` draws from U(+-that) and its weights look like it, else ``None``."""
     reset = getattr(type(module), "reset_parameters", None)
-    if reset not in (nn.Linear.reset_parameters, _ConvNd.reset_parameters):
+    if reset not in (nn.Linear.reset_parameters, nn.Conv2d.reset_parameters):
         return None
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.is_meta or getattr(module, "transposed", False):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from torch_meanfield.observe import map_tensors
 from torch_meanfield.particles.ranks import of_all_ranks, world
 from torch_meanfield.width.births.initialisers import Initialiser
 from torch_meanfield.width.births.recorder import LandscapeRecorder
@@ -54,7 +55,7 @@ def pack_all(packed: dict[str, Any]) -> dict[str, Any]:
     mine = {"batch": packed["batch"], "recorded": [entry["recorded"] for entry in populations]}
     bare = [{**entry, "recorded": None} for entry in populations]
     # from the CPU: what another rank unpickles would lie on the device it was sent from
-    return {**packed, "populations": bare, "ranks": of_all_ranks(_to(mine, torch.device("cpu")))}
+    return {**packed, "populations": bare, "ranks": of_all_ranks(_to(torch.device("cpu"), mine))}
 
 
 def check(saved: dict[str, Any], dynamics: Dynamics) -> None:
@@ -105,12 +106,8 @@ def unpack_(saved: dict[str, Any], dynamics: Dynamics) -> None:
         if each.recorder is not None:
             each.recorder.stop()
             if recorded is not None:
-                each.recorder.load(_to(recorded, each.averages.device))
+                each.recorder.load(_to(each.averages.device, recorded))
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, list):
-        return [_to(v, device) for v in value]
-    return {k: _to(v, device) for k, v in value.items()} if isinstance(value, dict) else value
+def _to(device: torch.device, value: Any) -> Any:
+    return map_tensors(lambda t: t.to(device), value)

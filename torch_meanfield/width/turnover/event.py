@@ -55,9 +55,8 @@ class Events:
     def __init__(
         self, turnover: TurnoverRule, births: BirthRule, reinject: float, draws: Draws, settings: object = None
     ) -> None:
-        self.turnover, self.births, self.reinject, self.draws, self.settings = (
-            turnover, births, reinject, draws, settings,
-        )  # fmt: skip
+        self.turnover, self.births, self.reinject = turnover, births, reinject
+        self.draws, self.settings = draws, settings
         self._warned: set[str] = set()
 
     @torch.no_grad()

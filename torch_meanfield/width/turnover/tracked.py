@@ -147,7 +147,7 @@ class TrackedNeurons(Tracked):
                     f"BirthDeathOptimizer after that; or it is gathered by FSDP2 since a forward pass without a "
                     f"backward pass: call reshard()"
                 )
-            columns.append(Slice(now, column.dim, column.outer, column.inner))
+            columns.append(column.on(now))
         if all(a is b for a, b in zip(columns, population.columns, strict=True)):
             return population
         return Neurons(columns, population.roles, population.owner, population.name)
