@@ -27,7 +27,7 @@ def name_all_plainly_(trainer: Trainer, model: LightningModule) -> None:
 
 
 def pair_averages(trainer: Trainer, model: LightningModule) -> None:
-    """Let averages follow births: once both are loaded, they can no longer be told by being the same."""
+    """Let averages follow births: what they were made from may be unknown in the process that resumes."""
     for kept in _kept(trainer):
         if isinstance(kept, AveragedModel) and type(kept.module) is type(model):
             for module in model.modules():
