@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +78,8 @@ def depth() -> dict[str, Step]:
     return steps
 
 
-def width(kind: str) -> dict[str, Step]:
-    """An MLP 196-64-64-10 at batch 16, its optimizer wrapped with the defaults and bare."""
+def width(kind: str, **settings: Any) -> dict[str, Step]:
+    """An MLP 196-64-64-10 at batch 16, its optimizer wrapped and bare."""
     makes = {
         "SGD": lambda params: torch.optim.SGD(params, lr=0.01),
         "fused Adam": lambda params: torch.optim.Adam(params, lr=1e-3, fused=True),
@@ -90,7 +91,7 @@ def width(kind: str) -> dict[str, Step]:
         model = nn.Sequential(*layers)
         optimizer = makes[kind](model.parameters())
         if name != kind:
-            optimizer = BirthDeathOptimizer(optimizer, model)
+            optimizer = BirthDeathOptimizer(optimizer, model, **settings)
         steps[name] = classifier(model, optimizer)
     return steps
 
@@ -100,6 +101,7 @@ ROWS: dict[str, tuple[Callable[[], dict[str, Step]], float]] = {
     "depth: 8 branches of width 64, SGD": (depth, 1.15),
     "width: MLP 196-64-64-10, SGD": (partial(width, "SGD"), 1.25),
     "width: MLP 196-64-64-10, fused Adam": (partial(width, "fused Adam"), 1.25),
+    "width: the same, scheme plastic": (partial(width, "fused Adam", scheme="plastic"), 1.25),
 }
 
 

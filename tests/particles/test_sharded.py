@@ -8,7 +8,8 @@ from torch import nn
 from torch_meanfield import MeanFieldSequential, Population, Slice, Stack, transport_
 from torch_meanfield.particles import place_
 from torch_meanfield.particles.copying import is_sharded, whole, write_
-from torch_meanfield.particles.slices import forget_rows_, read_rows, scale_rows_, write_rows_
+from torch_meanfield.particles.newborn_state import begin_anew_
+from torch_meanfield.particles.slices import read_rows, scale_rows_, write_rows_
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed with gloo")
 
@@ -72,7 +73,7 @@ def test_newborn_particles_are_placed_and_their_past_forgotten(shard):
         p.grad = p.detach().clone() + 1
         optimizer.step()
         place_(Population([Slice(p)]), torch.tensor([4, 1]), {0: values}, optimizers=[optimizer])
-        forget_rows_(Slice(p), torch.tensor([3]), [optimizer])
+        begin_anew_(Slice(p), torch.tensor([3]), [optimizer])
         p.state = optimizer.state[p]["momentum_buffer"]
     for a, b in ((plain, sharded), (plain.grad, sharded.grad), (plain.state, sharded.state)):
         assert torch.equal(a, whole(b))

@@ -186,10 +186,12 @@ def test_newborn_particles_begin_anew_in_every_layout(outer, inner):
     p.grad = torch.rand_like(p) + 1
     optimizer.step()
     motions = []
+    share = 0.01 * optimizer.state[p]["exp_avg_sq"].mean()
     population = Population([Slice(p, 1, outer, inner)], name="units")
     with subscribe(motions.append), other_defaults():
         place_(population, places, {0: torch.full((3, outer, 2, inner), 7.0, device="cpu")}, optimizers=[optimizer])
-    for t, newborn in ((p, 7.0), (p.grad, 0.0), *((optimizer.state[p][k], 0.0) for k in ("exp_avg", "exp_avg_sq"))):
+    state = optimizer.state[p]
+    for t, newborn in ((p, 7.0), (p.grad, 0.0), (state["exp_avg"], 0.0), (state["exp_avg_sq"], share)):
         view = t.detach().unflatten(1, (outer, n, inner))
         assert (view[:, :, [0, 3]] == newborn).all() and (view[:, :, [1, 2]] != newborn).all()
     (motion,) = motions

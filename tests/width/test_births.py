@@ -110,9 +110,10 @@ def test_a_dead_unit_is_reborn_alive_without_changing_the_function() -> None:
         torch.testing.assert_close(model(window()), before[-1], rtol=0, atol=1e-6)
         optimizer.clock += 1
         for p in model.parameters():
-            for state in ("exp_avg", "exp_avg_sq"):
-                rows = optimizer.state[p][state]
-                assert not (rows[event.born] if p is model.first.weight else rows[:, event.born]).any()
+            first, second = (optimizer.state[p][state] for state in ("exp_avg", "exp_avg_sq"))
+            born = (event.born,) if p is model.first.weight else (slice(None), event.born)
+            assert not first[born].any()
+            assert 0 < second[born].min() == second[born].max() < 0.02 * second.mean()
         assert not model.first.weight.grad[event.born].any()  # type: ignore[index]
         assert not optimizer._dynamics.averages[0].table[:, event.born].any()  # type: ignore[union-attr]
 
@@ -169,7 +170,7 @@ def test_a_fresh_layer_keeps_its_own_initialiser() -> None:
     with torch.no_grad():
         model[0].weight.mul_(3)  # a loaded or otherwise initialised layer: the moments it has
     assert not initialisers_of(population, model)[0].uniform
-    vacancies = Vacancies(population, initialisers_of(population, model), 50, 0, None)
+    vacancies = Vacancies(population, initialisers_of(population, model), torch.arange(50), 0, None)
     values = Reinject().draw(vacancies, torch.Generator().manual_seed(0))
     assert values[0].shape == (1, 50, 1, 100) and not values[2].any()
     assert abs(float(values[0].std()) - 0.3 / 3**0.5) < 0.01
@@ -317,7 +318,7 @@ def test_what_has_no_law_is_born_as_zeros_and_an_initializer_sees_the_users_layo
     columns = [Slice(torch.randn(shape, dtype=dtype), d, inner=i) for shape, d, i in shapes]
     population = Neurons(columns, ("in", "in", "in", "out"))
     generator = torch.Generator().manual_seed(3)
-    values = Reinject(fill).draw(Vacancies(population, {}, 2, 0, None), generator)
+    values = Reinject(fill).draw(Vacancies(population, {}, torch.arange(2), 0, None), generator)
     # particles along the column's own dimension, but for columns of several entries for each
     assert [tuple(t.shape) for t in seen] == [(2, 2, 3), (4, 2), (4, 1, 2, 2)]
     again = torch.Generator().manual_seed(3)

@@ -269,7 +269,7 @@ def settings(candidates: int, mass: float = 2.0) -> Steep:
 
 
 def draw(population: Neurons, drawn: Any, count: int, generator: torch.Generator, fill: None) -> dict[int, Tensor]:
-    return Reinject(fill).draw(Vacancies(population, drawn, count, 0, None), generator)
+    return Reinject(fill).draw(Vacancies(population, drawn, torch.arange(count), 0, None), generator)
 
 
 def steep_values(
@@ -281,7 +281,9 @@ def steep_values(
     rule: Steep,
     generator: torch.Generator,
 ) -> None:
-    rule.steepen_(Vacancies(population, drawn, len(values[0][0]), harmful, recorder), recorder, values, generator)
+    rule.steepen_(
+        Vacancies(population, drawn, torch.arange(len(values[0][0])), harmful, recorder), recorder, values, generator
+    )
 
 
 class Spy(Initialiser):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -17,11 +18,24 @@ from torch_meanfield.particles.columns import Column
 # was loaded but that has not stepped yet is known only to its user, who passes it to the call that moves particles.
 _stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _lock = threading.Lock()
+_trial = threading.local()
 
 
 def _remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if getattr(_trial, "on", False):
+        return
     with _lock:
         _stepped.add(optimizer)
+
+
+@contextmanager
+def unremembered() -> Iterator[None]:
+    """Steps of this thread inside are trials, of optimizers that train nothing."""
+    _trial.on = True
+    try:
+        yield
+    finally:
+        _trial.on = False
 
 
 register_optimizer_step_post_hook(_remember)

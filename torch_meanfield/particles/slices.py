@@ -1,12 +1,9 @@
-"""Writing some places of a population in place: its tensors, their gradients, and what optimizers keep for them."""
+"""Reading and writing some places of a population in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from torch_meanfield.particles.columns import Slice
 from torch_meanfield.particles.copying import is_sharded, whole, write_
@@ -29,7 +26,7 @@ def write_rows_(column: Slice, places: Tensor, values: Tensor | float) -> None:
     """Write the particles at ``places``; ``values`` as from :func:`read_rows`, or one number for all."""
     tensor = whole(column.tensor)
     view = column.by_particle(tensor)
-    if isinstance(values, Tensor):
+    if isinstance(values, Tensor) and values.ndim:
         view.index_copy_(column.dim + 1, places, values.to(tensor.dtype))
     else:
         view.index_fill_(column.dim + 1, places, values)
@@ -44,12 +41,3 @@ def scale_rows_(column: Slice, factors: Tensor) -> None:
     view.mul_(factors.to(tensor.dtype).view(-1, *[1] * (view.ndim - column.dim - 2)))
     if is_sharded(column.tensor):
         write_(column.tensor, tensor)
-
-
-def forget_rows_(column: Slice, places: Tensor, optimizers: Iterable[Optimizer]) -> None:
-    """Begin anew for the particles at ``places``: gradient 0, and 0 in every state of the parameter's shape."""
-    if column.tensor.grad is not None:
-        write_rows_(column.on(column.tensor.grad), places, 0.0)
-    for optimizer in optimizers:
-        for kept in column.states(optimizer):
-            write_rows_(kept, places, 0.0)

@@ -158,6 +158,12 @@ class LandscapeRecorder:
         for module, name in ((self.around.first, "_at_first"), (middle, "_at_middle"), (self.around.last, "_at_last")):
             self._handles.append(module.register_forward_hook(Tap(self, name)))
 
+    def drop(self) -> None:
+        """Stop, and keep nothing of what was recorded: it is of units or layers that are no longer there."""
+        self.stop()
+        self.inputs, self.gradients, self._rows, self._taken = [], [], 0, 0
+        self.before = self.after = None
+
     def stop(self) -> None:
         """Leave no trace in the model."""
         self.wanted = False

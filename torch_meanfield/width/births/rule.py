@@ -21,16 +21,21 @@ class Vacancies:
     Attributes:
         population: whose places.
         initialisers: of the incoming and own columns, by number of the column.
-        count: number of newborn units k.
+        places: int64 ``(k,)``: where the newborn units go.
         harmful: how many of them, the first ones, replace units that had a function.
         recorder: what was recorded of the loss around the units, if the rule asked for it in :meth:`BirthRule.watch`.
     """
 
     population: Neurons
     initialisers: Mapping[int, Initialiser]
-    count: int
+    places: Tensor
     harmful: int
     recorder: LandscapeRecorder | None
+
+    @property
+    def count(self) -> int:
+        """Number of newborn units k."""
+        return len(self.places)
 
 
 class BirthRule(Protocol):

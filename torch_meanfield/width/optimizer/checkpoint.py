@@ -104,7 +104,7 @@ def unpack_(saved: dict[str, Any], dynamics: Dynamics) -> None:
         each.elapsed = entry["elapsed"]
         each.initialisers = {int(k): Initialiser(*v) for k, v in entry["initialisers"].items()}
         if each.recorder is not None:
-            each.recorder.stop()
+            each.recorder.drop()
             if recorded is not None:
                 each.recorder.load(_to(each.averages.device, recorded))
 

@@ -27,6 +27,7 @@ from torch_meanfield.width.turnover.blocks import Blocks
 from torch_meanfield.width.turnover.decide import Evidence, TurnoverRule
 from torch_meanfield.width.turnover.dynamics import Dynamics
 from torch_meanfield.width.turnover.event import Event, Events
+from torch_meanfield.width.turnover.plastic import Plastic
 
 Declared = Neurons | nn.Module | Sequence[Slice | tuple[Tensor, int]]
 
@@ -39,31 +40,29 @@ class BirthDeathOptimizer(SharingOptimizer):
 
     - ``scheme="standing_out"`` (the default) replaces dormant units, which reach nothing (ReLUs that never fire), and
       units whose potential stands out of its own noise and without which the loss is expected to fall: see
-      :func:`.standing_out` and :func:`.removal`. It needs no tuning from layer to layer; rates proportional to V, read
-      off a mini-batch, are mostly noise, differ by orders of magnitude between layers, and destroy good units. The
-      loss is taken for a negative log-likelihood (or a mean square) of natural scale. Where clipping cuts gradients to
-      a tenth at most steps, the margin that protects good units is used up, and ``rate=0`` is the safe choice.
+      :func:`.standing_out` and :func:`.removal`. The loss is taken for a negative log-likelihood (or a mean square) of
+      natural scale. Where clipping cuts gradients to a tenth at most steps, the margin that protects good units is
+      used up, and ``rate=0`` is the safe choice.
+    - ``scheme="plastic"`` is for networks that must go on learning, while the data or the task change: it replaces
+      every unit that reached nothing for ``dead_after`` samples, within five steps. See :class:`.Plastic`.
     - ``scheme="exact"`` is the theory, (34) and (37):
       :math:`\partial_t\mu = \nabla\cdot(\mu\nabla V) - \alpha (V - \bar V)\mu` with alpha = ``rate``. Time is the
-      sum of the learning rates (see :func:`.potential` for the factor n); the population is kept exactly. To check
-      theory with, on potentials that are (nearly) exact.
+      sum of the learning rates. To check theory with, on potentials that are (nearly) exact: rates proportional to V,
+      read off a mini-batch, are mostly noise and destroy good units.
     - a :class:`.TurnoverRule` of your own.
 
     What takes a vacant place:
 
-    - ``births="reinject"``: a unit drawn anew from the layer's own initialiser, optimizer state fresh. With
-      outgoing weights 0 its birth leaves the network's function as it was. With ``steep`` (where the population
-      lies between two ``Linear`` layers or convolutions) its incoming weights are the steepest of ``candidates``
-      draws, refined by ascent, and if it replaces a *harmful* unit, with no norm in between, it is born with outgoing
-      weights against the gradient that they would get: see :class:`.Steep`.
-    - ``births="split"``: half of another unit (outgoing weights shared, so that the function is kept), slightly
-      moved. ``births="clone"``: an exact duplicate, as published. Optimizer state moves along with both.
+    - ``births="reinject"``: a unit drawn anew from the layer's own initialiser, optimizer state fresh, outgoing weights
+      0, so that the function stays as it was. With ``steep``, where the surroundings allow it, it is placed where the
+      loss is steep, and given outgoing weights if it replaces a *harmful* unit: see :class:`.Steep`.
+    - ``births="typical"``: the same, at a size between the initialiser's and that of living units: :class:`.Typical`.
+    - ``births="split"``: half of another unit, slightly moved. ``births="clone"``: an exact duplicate, as published.
     - a :class:`.BirthRule` of your own.
 
-    The residual blocks of a mean-field layer with learnable times are a population too: the potential of a block is
-    its step size times the loss's derivative by it; a dead block leaves its time to a neighbour, and a clone shares
-    its parent's interval, so that the function changes by :math:`O(\Delta\tau^2)`. Blocks are always cloned,
-    whatever ``births`` says.
+    The residual blocks of a mean-field layer with learnable times are a population too: a dead block leaves its time
+    to a neighbour, and a clone shares its parent's interval, so that the function changes by
+    :math:`O(\Delta\tau^2)`. Blocks are always cloned, whatever ``births`` says.
 
     Everything stays on the device, with one read per event and none on other steps. (Under a ``GradScaler`` torch reads
     at each step whether it overflowed, except for fused optimizers, for which it is read here.) A step that was
@@ -80,21 +79,27 @@ class BirthDeathOptimizer(SharingOptimizer):
         rate: ``standing_out``: the largest share of a population replaced as harmful in one event, rounded down, so
             that a handful of units (attention heads, the blocks of a stage) loses none that works; ``exact``: alpha.
             0 (with ``reinject=0``) gives the wrapped optimizer bit for bit.
-        every: steps from one event to the next.
-        births: ``"reinject"``, ``"split"``, ``"clone"`` or a rule; ``None``: ``"clone"`` under ``exact``, else
-            ``"reinject"``.
-        scheme: ``"standing_out"``, ``"exact"`` or a rule.
+        every: steps from one event to the next; ``None``: 5 under ``plastic``, else 200. (Under ``standing_out``, no
+            potential can stand out of 10 steps or fewer by three standard errors: only dormant units are replaced.)
+        births: ``"reinject"``, ``"typical"``, ``"split"``, ``"clone"`` or a rule; ``None``: ``"clone"`` under
+            ``exact``, ``"typical"`` under ``plastic``, else ``"reinject"``.
+        scheme: ``"standing_out"``, ``"exact"``, ``"plastic"`` or a rule.
         reinject: besides, the share of the units that are replaced at each event, at random, by units drawn anew with
             outgoing weights 0: the measure of full support that global convergence asks for.
         steep: whether newborn units are placed where the potential is steep, where that can be seen.
         mass: outgoing weights of a unit born in a harmful one's place if all rows agreed, in medians of the population;
             0: none, every birth leaves the function as it is.
         candidates: draws of which the steepest are taken; fewer in wide layers, so that an event stays cheap.
-        window: steps over which potentials are averaged; ``None``: half of ``every``, 1 under ``exact``.
+        window: steps over which potentials are averaged; ``None``: half of ``every``, 1 under ``exact``, 100 under
+            ``plastic``, which does not decide by them.
         threshold: how far a potential must stand out, in standard errors of its own average.
         batch_size: samples whose mean a step's gradient is, over all ranks; ``None``: counted at a layer of ``model``,
             unless that is compiled or run under ``vmap``. Without either no unit is replaced as harmful, and a warning
             says so.
+        dead_after: under ``plastic``, the number of samples that have not reached a unit when it is replaced.
+        max_share: under ``plastic``, the largest share of a population that is replaced at once.
+        moment_share: second moments that the optimizer keeps (Adam's ``exp_avg_sq``) begin at this share of their mean
+            for newborn units, what else it keeps as it began for the layer; ``None``: 0.003 under ``plastic``, else 0.01.
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
             place, newborn units along the column's dimension; ``None``: the layer's own law, else normal draws with
             the moments the column had when it was wrapped.
@@ -136,7 +141,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         *,
         populations: Literal["auto"] | Declared | Sequence[Declared] = "auto",
         rate: float = 0.1,
-        every: int = 200,
+        every: int | None = None,
         births: Births | BirthRule | None = None,
         scheme: Scheme | TurnoverRule = "standing_out",
         reinject: float = 0.0,
@@ -146,13 +151,17 @@ class BirthDeathOptimizer(SharingOptimizer):
         window: float | None = None,
         threshold: float = 3.0,
         batch_size: int | None = None,
+        dead_after: int = Plastic.dead_after,
+        max_share: float = Plastic.max_share,
+        moment_share: float | None = None,
         initializer: Initializer | None = None,
         example_input: Any = None,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer)
+        more = (batch_size, dead_after, max_share, moment_share)
         self.settings = Settings(
-            rate, every, births, scheme, reinject, bool(steep), mass, candidates, window, threshold, batch_size
+            rate, every, births, scheme, reinject, bool(steep), mass, candidates, window, threshold, *more
         )
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
@@ -196,22 +205,25 @@ class BirthDeathOptimizer(SharingOptimizer):
         return self._of_each(lambda seen: seen.age.clone())
 
     def dormant(self) -> dict[str, Tensor]:
-        """Which units reached nothing at any step of a window, bool ``(n,)``; the mean is the dormant share."""
-        return self._of_each(lambda seen: seen.dormant)
+        """Which units the scheme takes for dormant, bool ``(n,)`` by population; the mean is the dormant share."""
+        return self._of_each(self._rules[0].dormant)
 
     def _of_each(self, read: Callable[[Evidence], Tensor]) -> dict[str, Tensor]:
-        tracked = () if self._dynamics is None else self._dynamics.tracked
-        return {each.name: read(each.evidence()) for each in tracked}
+        if self._dynamics is None:
+            return {}
+        size = self._dynamics.events.batch_size
+        return {each.name: read(each.evidence(size)) for each in self._dynamics.tracked}
 
     def _settle(self, populations: list[Neurons | Blocks]) -> None:
-        events = Events(*self._rules, self.settings.reinject, self._draws, self.settings)
+        settings = self.settings
+        events = Events(*self._rules, settings.reinject, self._draws, settings.moment_share, settings)
         dynamics = Dynamics(
             populations,
             self._model,
             events,
-            every=self.settings.every,
-            window=self.settings.window or 1.0,
-            batch_size=self.settings.batch_size,
+            every=settings.steps_between,
+            window=settings.window or 1.0,
+            batch_size=settings.batch_size,
         )
         if self._pending is not None:
             checkpoint.check(self._pending, dynamics)

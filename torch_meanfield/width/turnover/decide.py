@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torch_meanfield.particles.newborn_state import MOMENT_SHARE
 from torch_meanfield.particles.slices import places_of
 
 Uniform = Callable[..., Tensor]
@@ -86,18 +87,39 @@ class TurnoverRule(Protocol):
     host. Make it a dataclass, so that ranks can compare its settings.
 
     Attributes:
+        every: steps from one event to the next where the user does not say.
         births: the way of being born that goes with it where the user names none.
         needs_batch_size: whether :attr:`Evidence.batch_size` is to be known.
-        keeps_time: whether :attr:`Evidence.elapsed` is.
+        counted: over how many steps before an event, at most, samples are counted for it.
+        keeps_time: whether :attr:`Evidence.elapsed` is to be known.
+        moment_share: at which share of their mean second moments begin for newborn units; see :func:`.place_`.
     """
 
+    every: int = 200
     births: str = "reinject"
     needs_batch_size: bool = False
+    counted: int = 40
     keeps_time: bool = False
+    moment_share: float = MOMENT_SHARE
 
     def window(self, every: int) -> float:
         """Over how many steps potentials are averaged where the user does not say; half the time between events."""
         return max(1.0, every / 2)
+
+    def dormant(self, seen: Evidence) -> Tensor:
+        """Which units reach nothing, bool ``(n,)``: what :meth:`.BirthDeathOptimizer.dormant` shows."""
+        return seen.dormant
+
+    def old_enough(self, seen: Evidence) -> Tensor:
+        """Which units have been watched for long enough to be judged, bool ``(n,)``."""
+        return seen.mature
+
+    def silence(self, batch_size: float | None) -> int | None:
+        """The number of steps in a row at which a unit must have been silent before anything can happen to it.
+
+        It spares frequent events their cost. ``None`` if silence alone does not tell: :meth:`decide` is always asked.
+        """
+        return None
 
     def decide(self, seen: Evidence, inherits: bool, uniform: Uniform) -> Turnover:
         """Say what happens to each place.

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from torch_meanfield.particles import Motion, Neurons, subscribe
 from torch_meanfield.particles.averages import adopt_averages, lineage_of
+from torch_meanfield.particles.newborn_state import check_beginnings
 from torch_meanfield.particles.optimizer_state import check_flat, check_state
 from torch_meanfield.particles.population import tensors_of
 from torch_meanfield.width.turnover.batch_size import BatchCounter, seen_at
@@ -80,6 +81,8 @@ class Dynamics:
             check_flat(optimizer, tensors_of(population.columns), population.name)
             for column in population.columns:
                 check_state(optimizer, column, population.name)
+            if isinstance(population, Neurons) and (self.events.reinject or not self.events.births.inherits):
+                check_beginnings(optimizer, tensors_of(population.columns))
 
     # -- every step --------------------------------------------------------------------------------------------
 
@@ -118,8 +121,9 @@ class Dynamics:
 
     def watch(self, clock: int) -> None:
         """Have what surrounds the units recorded over the last steps before an event."""
-        if (clock + min(RECORDED, self.every)) % self.every == 0:
+        if (clock + min(self.events.turnover.counted, self.every)) % self.every == 0:
             self.batch.start()
+        if (clock + min(RECORDED, self.every)) % self.every == 0:
             for each in self.tracked:
                 if each.recorder is not None and not each.frozen():
                     each.recorder.start()

@@ -23,6 +23,8 @@ from torch_meanfield.width.turnover.blocks import Blocks
 from torch_meanfield.width.turnover.decide import Turnover, TurnoverRule, add_reinjection
 from torch_meanfield.width.turnover.tracked import Tracked, TrackedBlocks, TrackedNeurons, held_by
 
+PATIENCE = 1000  # steps after which some unit must have been watched for long enough
+
 
 @dataclass(frozen=True, eq=False)
 class Event:
@@ -49,15 +51,28 @@ class Events:
         births: what takes the place of the dead.
         reinject: share of the units that are replaced at random by units drawn anew, besides.
         draws: the source of randomness.
+        moment_share: see :func:`.place_`.
         settings: what else all ranks must have alike.
+
+    Attributes:
+        batch_size: samples in a step when it was last asked for; ``None`` if it is not known.
     """
 
     def __init__(
-        self, turnover: TurnoverRule, births: BirthRule, reinject: float, draws: Draws, settings: object = None
+        self,
+        turnover: TurnoverRule,
+        births: BirthRule,
+        reinject: float,
+        draws: Draws,
+        moment_share: float | None = None,
+        settings: object = None,
     ) -> None:
         self.turnover, self.births, self.reinject = turnover, births, reinject
         self.draws, self.settings = draws, settings
+        self.moment_share = turnover.moment_share if moment_share is None else moment_share
+        self.batch_size: float | None = None
         self._warned: set[str] = set()
+        self._judged = False  # whether it was seen to that units grow old enough to be judged
 
     @torch.no_grad()
     def hold(self, tracked: Sequence[Tracked], batch: BatchCounter, optimizer: Optimizer, clock: int) -> list[Event]:
@@ -66,9 +81,13 @@ class Events:
         Raises:
             ValueError: a parameter of a population was replaced in the model. Nothing has been changed then.
         """
-        _renew(tracked)
         awake = [each for each in tracked if not each.frozen()]
-        batch_size = self._batch_size(batch, bool(awake))
+        self.batch_size = batch_size = self._batch_size(batch, bool(awake))
+        if not self._judged:
+            self._see_ages(awake, clock)
+        if self._nothing_due(awake):
+            return []
+        _renew(tracked)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for each in awake:
             each.check_owned(owned)
@@ -82,7 +101,7 @@ class Events:
         events = []
         for each, turnover, (moved, born, harmful, _) in due:
             each.elapsed = 0.0
-            if not moved:
+            if not moved or (born == moved == each.population.size and self._spared(each, harmful, optimizer)):
                 continue
             if isinstance(each, TrackedBlocks):  # what is known of them follows the motion
                 index = each.population.resample_(turnover.index, [optimizer])
@@ -115,11 +134,45 @@ class Events:
             [places_of(turnover.harmful, harmful), places_of(turnover.born & ~turnover.harmful, born - harmful)]
         )
         if born:
-            vacancies = Vacancies(population, each.initialisers, born, harmful, each.recorder)
+            vacancies = Vacancies(population, each.initialisers, places, harmful, each.recorder)
             values = self.births.newborns(vacancies, self.draws)
-            place_(population, places, values, optimizers=[optimizer], cause="birth_death")
+            share = self.moment_share
+            place_(population, places, values, optimizers=[optimizer], cause="birth_death", moment_share=share)
             each.forget_(places)
         return places
+
+    def _nothing_due(self, awake: Sequence[Tracked]) -> bool:
+        """Whether one look at all populations tells that nothing is to be decided; ranks decide together."""
+        if self.reinject or world()[1] > 1:
+            return False
+        tables = {id(each.averages): each.averages for each in awake}.values()
+        steps = self.turnover.silence(self.batch_size)
+        return steps is not None and not any(bool(table.silent_for(steps)) for table in tables)
+
+    def _see_ages(self, awake: Sequence[Tracked], clock: int) -> None:
+        """Warn once if no unit is ever watched for long enough: then the scheme does nothing, and nobody would know."""
+        if not awake or clock < PATIENCE:
+            return
+        self._judged = True
+        if not any(bool(self.turnover.old_enough(each.evidence(self.batch_size)).any()) for each in awake):
+            self._warn_once(
+                f"BirthDeathOptimizer has seen no unit for long enough to judge it in {clock} steps, so none can be "
+                f"replaced: steps are skipped, or the wait (dead_after=, window=) is longer than any unit lives"
+            )
+
+    def _spared(self, each: Tracked, harmful: int, optimizer: Optimizer) -> bool:
+        """Whether a population is kept all of whose units are to go: so if the loss says nothing to anybody else."""
+        if harmful:
+            return False
+        own = {id(t) for t in each.tensors()}
+        others = (p.grad for group in optimizer.param_groups for p in group["params"] if id(p) not in own)
+        if not any(g is not None and bool(g.any()) for g in others):
+            return True
+        self._warn_once(
+            f"all {each.population.size} units of {each.name} are dormant and are born anew; the learning rate is the "
+            f"likely cause: lower it, or warm it up"
+        )
+        return False
 
     def _batch_size(self, batch: BatchCounter, awake: bool) -> float | None:
         if not self.turnover.needs_batch_size:
@@ -128,8 +181,8 @@ class Events:
         if size is None and awake:
             self._warn_once(
                 "BirthDeathOptimizer does not know how many samples a step has (it has no model=, or one that is "
-                "compiled or run under vmap), so no unit is replaced as harmful, only dormant ones are; pass "
-                "batch_size="
+                "compiled or run under vmap), so no unit is replaced as harmful, and dormant ones are after more steps "
+                "than need be; pass batch_size="
             )
         return size
 

@@ -33,7 +33,7 @@ def follow_(tracked: Sequence[Tracked], motion: Motion) -> None:
                 each.rows.copy_(old[source][0])
                 each.initialisers = old[source][1]
             if each.recorder is not None:
-                each.recorder.stop()
+                each.recorder.drop()
 
 
 def _families(tracked: Sequence[Tracked], stacks: Sequence[Stack]) -> list[dict[int, TrackedNeurons]]:

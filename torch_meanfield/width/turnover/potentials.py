@@ -153,6 +153,17 @@ class Averages:
         self._fold()
         return self._ok
 
+    def silent_for(self, steps: int) -> Tensor:
+        """Whether any unit may have had potential 0 at the last ``steps`` steps that count; bool ``()``, no false no.
+
+        Asked of the buffer where it reaches so far, so that it need not be averaged for that.
+        """
+        k = len(self._present)
+        if k < steps or any(p is not None for p in self._present):
+            return (self.table[3] >= steps).any()
+        last = self._buffer[k - steps : k]
+        return ((last == 0) | ~last.sum(1, keepdim=True).isfinite()).all(0).any()
+
     def of(self, i: int) -> Tensor:
         """The rows (m, q, w, quiet, age) of population i; shape ``(5, n)``, a view."""
         start = sum(self.sizes[:i])

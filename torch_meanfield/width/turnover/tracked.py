@@ -87,7 +87,7 @@ class Tracked(ABC):
         self.rows.zero_()
         self.elapsed = 0.0
         if self.recorder is not None:
-            self.recorder.stop()
+            self.recorder.drop()
 
     # -- what is replaced in the model -----------------------------------------------------------------------------
 

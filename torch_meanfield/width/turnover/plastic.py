@@ -1,0 +1,88 @@
+"""The scheme for networks that must go on learning: units that reach nothing are replaced within a few steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_meanfield.width.turnover.decide import Evidence, Turnover, TurnoverRule, Uniform, from_parents, reborn
+
+WHOLE = 100  # times as many samples must pass before a population that is silent as a whole is taken for dormant
+
+
+@dataclass(frozen=True)
+class Plastic(TurnoverRule):
+    r"""``scheme="plastic"``: replace units that reached nothing for ``dead_after`` samples, checked every 5 steps.
+
+    Where tasks follow each other, dormant units pile up and networks lose the ability to learn (Dohare et al. 2024;
+    Sokar et al. 2023). A unit that no sample of the last steps has reached (potential exactly 0) is replaced at once,
+    whatever the window of the potentials is: see :meth:`dormant`.
+
+    Args:
+        dead_after: samples that did not reach the unit, at least 1. Where the number of samples in a step is not
+            known, each step counts as one.
+        max_share: the largest share of a population that goes at once, those that were silent for longest first; in
+            (0, 1]. At least one unit may always go.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    dead_after: int = 32
+    max_share: float = 1.0
+
+    every = 5
+    births = "typical"
+    needs_batch_size = True
+    counted = 1
+    moment_share = 0.003
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dead_after, bool) or not isinstance(self.dead_after, int):
+            raise TypeError(f"dead_after must be an integer, got {self.dead_after!r}")
+        if self.dead_after < 1:
+            raise ValueError(f"dead_after must be at least 1 sample, got {self.dead_after}")
+        if isinstance(self.max_share, bool) or not isinstance(self.max_share, (int, float)):
+            raise TypeError(f"max_share must be a number, got {type(self.max_share).__name__}")
+        if not 0 < self.max_share <= 1:
+            raise ValueError(f"max_share must be above 0 and at most 1, got {self.max_share!r}")
+
+    def window(self, every: int) -> float:
+        """Potentials are averaged for whoever looks at them; nothing is decided by them."""
+        return 100.0
+
+    def dormant(self, seen: Evidence) -> Tensor:
+        """Which units reached nothing for ``dead_after`` samples, bool ``(n,)``.
+
+        Steps at which the whole population was silent say nothing of its units (an expert that got no sample, a loss
+        that is 0), unless there were a hundred times as many. The first step of a newborn unit, whose outgoing weights
+        are 0, says nothing either.
+        """
+        samples = 1.0 if seen.batch_size is None else seen.batch_size
+        together = seen.quiet.amin()
+        own = seen.quiet - together - ((seen.quiet == seen.age) & (together == 0)).to(seen.quiet.dtype)
+        return (own * samples >= self.dead_after) | (together * samples >= WHOLE * self.dead_after)
+
+    def silence(self, batch_size: float | None) -> int:
+        """See :meth:`.TurnoverRule.silence`."""
+        return math.ceil(self.dead_after / (1.0 if batch_size is None else batch_size))
+
+    def old_enough(self, seen: Evidence) -> Tensor:
+        """See :meth:`.TurnoverRule.old_enough`."""
+        return seen.age * (1.0 if seen.batch_size is None else seen.batch_size) >= self.dead_after
+
+    def decide(self, seen: Evidence, inherits: bool, uniform: Uniform) -> Turnover:
+        """See :meth:`.TurnoverRule.decide`."""
+        dormant, n = self.dormant(seen), len(seen.quiet)
+        most = max(1, int(self.max_share * n))
+        if most < n:  # ties in the order of places: alike on every device
+            rank = torch.where(dormant, seen.quiet, -1).argsort(descending=True, stable=True)
+            first = torch.zeros_like(dormant).index_fill_(0, rank[:most], True)
+            dormant = dormant & (first | dormant.all())
+        none = torch.zeros_like(dormant)
+        if inherits:
+            return from_parents(none, dormant, ~dormant & (seen.quiet == 0), uniform(n))
+        return reborn(none, dormant)
