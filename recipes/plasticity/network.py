@@ -1,0 +1,68 @@
+"""The network of the benchmarks: an MLP that shows its hidden units to the methods that look at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+
+
+@dataclass
+class Hidden:
+    """One hidden layer, as the peers see it.
+
+    Attributes:
+        first: makes the units.
+        last: reads them.
+        norm: between, or ``None``.
+        values: the units at the last forward pass, ``(B, n)``.
+    """
+
+    first: nn.Linear
+    last: nn.Linear
+    norm: nn.LayerNorm | None
+    values: Tensor
+
+
+class Mlp(nn.Module):
+    """Two hidden layers of ``width`` units.
+
+    Args:
+        inputs: numbers in an input.
+        classes: numbers in an output.
+        width: units in a hidden layer.
+        activation: a key of :data:`ACTIVATIONS`.
+        norm: a layer norm before each activation.
+    """
+
+    def __init__(
+        self, inputs: int, classes: int, width: int = 64, activation: str = "relu", norm: bool = False
+    ) -> None:
+        super().__init__()
+        sizes = [inputs, width, width, classes]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) if norm else nn.Identity() for _ in range(2))
+        self.activation = ACTIVATIONS[activation]()
+        self.values: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.values = []
+        for layer, norm in zip(list(self.layers)[:-1], self.norms, strict=True):
+            x = self.activation(norm(layer(x)))
+            self.values.append(x.detach())
+        return self.layers[-1](x)
+
+    def hidden(self) -> list[Hidden]:
+        """Its hidden layers with what they held in the last forward pass."""
+        layers, norms = list(self.layers), [n if isinstance(n, nn.LayerNorm) else None for n in self.norms]
+        return [Hidden(layers[i], layers[i + 1], norms[i], self.values[i]) for i in range(2)]
+
+
+@torch.no_grad()
+def silent_share(model: Mlp, x: Tensor) -> float:
+    """Of the hidden units, the share that no row of ``x`` reaches (0 of a smooth activation)."""
+    model(x)
+    return float(torch.cat([(values == 0).all(0) for values in model.values]).float().mean())

@@ -1,0 +1,150 @@
+"""The methods made for networks that must go on learning, each from its paper and as short as it can be.
+
+A method sees the network, the optimizer and the step; it acts before the optimizer does (:meth:`Method.pull`) or after
+(:meth:`Method.act`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from recipes.plasticity.network import Hidden, Mlp
+
+
+class Method:
+    """Does nothing: the bare optimizer.
+
+    Args:
+        model: the network.
+        optimizer: the bare optimizer; methods that re-initialise units clear what it keeps for them.
+        generator: their source of randomness.
+    """
+
+    def __init__(self, model: Mlp, optimizer: Optimizer, generator: torch.Generator) -> None:
+        self.model, self.optimizer, self.generator, self.steps = model, optimizer, generator, 0
+
+    def pull(self) -> None:
+        """Before the optimizer's step, when gradients are there."""
+
+    def act(self) -> None:
+        """After it."""
+
+    def reinitialise_(self, hidden: Hidden, units: Tensor) -> None:
+        """Incoming weights drawn anew (Kaiming), outgoing weights and bias 0, no optimizer state."""
+        weight = hidden.first.weight
+        bound = math.sqrt(6 / weight.shape[1])
+        with torch.no_grad():
+            weight[units] = torch.empty(len(units), weight.shape[1]).uniform_(-bound, bound, generator=self.generator)
+            hidden.first.bias[units] = 0
+            hidden.last.weight[:, units] = 0
+            rows: list[tuple[nn.Parameter, int]] = [(weight, 0), (hidden.first.bias, 0), (hidden.last.weight, 1)]
+            if hidden.norm is not None:
+                hidden.norm.weight[units], hidden.norm.bias[units] = 1.0, 0.0
+                rows += [(hidden.norm.weight, 0), (hidden.norm.bias, 0)]
+            for parameter, dim in rows:
+                for kept in self.optimizer.state[parameter].values():
+                    if isinstance(kept, Tensor) and kept.shape == parameter.shape:
+                        kept.index_fill_(dim, units, 0)
+
+
+class L2Init(Method):
+    """Regenerative regularisation: towards the initial weights (Kumar et al. 2023, arXiv:2308.11958)."""
+
+    STRENGTH = 1e-3
+
+    def __init__(self, model: Mlp, optimizer: Optimizer, generator: torch.Generator) -> None:
+        super().__init__(model, optimizer, generator)
+        self.initial = [p.detach().clone() for p in model.parameters()]
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        for p, p0 in zip(self.model.parameters(), self.initial, strict=True):
+            assert p.grad is not None
+            p.grad.add_(p - p0, alpha=2 * self.STRENGTH)
+
+
+class ShrinkPerturb(Method):
+    """Weights shrink and are perturbed at every step (Ash & Adams 2020; so in Dohare et al. 2024)."""
+
+    SHRINK, NOISE = 1e-4, 1e-3
+
+    @torch.no_grad()
+    def act(self) -> None:
+        for p in self.model.parameters():
+            p.mul_(1 - self.SHRINK)
+            if p.ndim > 1:
+                p.add_(torch.randn(p.shape, generator=self.generator), alpha=self.NOISE / math.sqrt(p.shape[1]))
+
+
+class ReDo(Method):
+    """Units whose mean activation is a small share of the layer's are re-initialised (Sokar et al. 2023)."""
+
+    THRESHOLD, EVERY = 0.025, 10
+
+    @torch.no_grad()
+    def act(self) -> None:
+        self.steps += 1
+        if self.steps % self.EVERY:
+            return
+        for hidden in self.model.hidden():
+            score = hidden.values.abs().mean(0)
+            dormant = score <= self.THRESHOLD * score.mean()
+            if dormant.any():
+                self.reinitialise_(hidden, dormant.nonzero().flatten())
+
+
+class ContinualBackprop(Method):
+    """The least useful mature units go, at a steady rate (Dohare et al. 2024, Nature 632; contribution utility)."""
+
+    RATE, MATURITY, DECAY = 1e-3, 100, 0.99
+
+    def __init__(self, model: Mlp, optimizer: Optimizer, generator: torch.Generator) -> None:
+        super().__init__(model, optimizer, generator)
+        n = model.layers[0].out_features
+        self.utility, self.age, self.due = torch.zeros(2, n), torch.zeros(2, n), [0.0, 0.0]
+
+    @torch.no_grad()
+    def act(self) -> None:
+        self.age += 1
+        for i, hidden in enumerate(self.model.hidden()):
+            useful = hidden.values.abs().mean(0) * hidden.last.weight.abs().sum(0)
+            self.utility[i].mul_(self.DECAY).add_(useful, alpha=1 - self.DECAY)
+            mature = self.age[i] > self.MATURITY
+            self.due[i] += self.RATE * int(mature.sum())
+            count = min(int(self.due[i]), int(mature.sum()))
+            if count:
+                self.due[i] -= count
+                corrected = self.utility[i] / (1 - self.DECAY ** self.age[i])
+                units = torch.where(mature, corrected, torch.inf).argsort()[:count]
+                self.reinitialise_(hidden, units)
+                self.utility[i, units] = self.age[i, units] = 0
+
+
+class Upgd(Optimizer):
+    """Utility-based perturbed gradient descent (Elsayed & Mahmood 2024, arXiv:2404.00781), first-order, global.
+
+    Weights of low utility get the whole update with noise; those of the highest are hardly touched.
+    """
+
+    def __init__(
+        self, params: object, generator: torch.Generator, lr: float = 0.03, noise: float = 1e-3, decay: float = 0.999
+    ) -> None:
+        super().__init__(params, {"lr": lr, "noise": noise, "decay": decay})  # type: ignore[arg-type]
+        self.generator, self.steps = generator, 0
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        group = self.param_groups[0]
+        for p in group["params"]:
+            utility = self.state[p].setdefault("utility", torch.zeros_like(p))
+            utility.mul_(group["decay"]).add_(-p * p.grad, alpha=1 - group["decay"])
+        most = max(float(self.state[p]["utility"].max()) for p in group["params"])
+        for p in group["params"]:
+            share = torch.sigmoid(self.state[p]["utility"] / (most if most > 0 else 1.0))
+            noise = torch.randn(p.shape, generator=self.generator) * group["noise"]
+            p.add_((p.grad + noise) * (1 - share), alpha=-2 * group["lr"])

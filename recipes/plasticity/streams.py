@@ -1,0 +1,75 @@
+"""Streams of tasks made of still images: labels drawn anew, or pixels permuted anew, at every task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recipes.images.source import Images
+
+SIDE = 14  # pixels to which images are averaged
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned until the next one begins.
+
+    Attributes:
+        x: inputs, ``(n, d)``.
+        y: classes, int64 ``(n,)``.
+        epochs: how often they are seen.
+    """
+
+    x: Tensor
+    y: Tensor
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A benchmark.
+
+    Args:
+        kind: ``"labels"``: the same images under labels drawn anew at every task, learned for many epochs; the score
+            of a task is the training accuracy at its end. ``"permuted"``: other images at every task, their pixels
+            permuted anew, seen once; the score is the accuracy before each step.
+        tasks: how many.
+        samples: images in a task.
+        epochs: in a task.
+        last: over how many tasks at the end the score is averaged.
+    """
+
+    kind: str
+    tasks: int
+    samples: int
+    epochs: int
+    last: int
+
+    def walk(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Iterator[Task]:
+        """The tasks, drawn from the images ``x`` (``(N, d)``) of classes ``y``."""
+        classes, d = int(y.max()) + 1, x.shape[1]
+        chosen = torch.randperm(len(x), generator=generator)[: self.samples]
+        for _ in range(self.tasks):
+            if self.kind == "labels":
+                yield Task(x[chosen], torch.randint(classes, (len(chosen),), generator=generator), self.epochs)
+                continue
+            places = torch.randperm(d, generator=generator)
+            chosen = torch.randperm(len(x), generator=generator)[: self.samples]
+            yield Task(x[chosen][:, places], y[chosen], self.epochs)
+
+
+STREAMS = {
+    "labels": Stream("labels", tasks=40, samples=640, epochs=30, last=8),
+    "permuted": Stream("permuted", tasks=60, samples=4800, epochs=1, last=20),
+}
+
+
+def inputs(images: Images, standardised: bool) -> Tensor:
+    """Pixels in [0, 1] averaged to 14 x 14, one row an image; ``standardised``: by the mean and deviation of all."""
+    x = images.pixels.float() / 255
+    x = F.adaptive_avg_pool2d(x, min(SIDE, x.shape[-1])).flatten(1)
+    return (x - x.mean()) / x.std() if standardised else x

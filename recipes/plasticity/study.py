@@ -1,0 +1,228 @@
+"""One benchmark: every method on every setting and seed, none done twice, one table and one picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+from tqdm import tqdm
+
+from recipes.errors import BadInput, leave
+from recipes.images.sources import open_source
+from recipes.plasticity.network import Mlp, silent_share
+from recipes.plasticity.peers import ContinualBackprop, L2Init, Method, ReDo, ShrinkPerturb, Upgd
+from recipes.plasticity.streams import Stream, inputs
+from recipes.record import DIGITS, provenance, write_json
+from torch_meanfield import BirthDeathOptimizer
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network, its inputs and its optimizer."""
+
+    name: str
+    standardised: bool = False
+    norm: bool = False
+    activation: str = "relu"
+    optimizer: str = "adam"
+
+    def bare(self, model: nn.Module) -> Optimizer:
+        """Adam at 1e-3 or SGD at 0.1."""
+        return Adam(model.parameters(), lr=1e-3) if self.optimizer == "adam" else SGD(model.parameters(), lr=0.1)
+
+
+SETTINGS = {
+    s.name: s
+    for s in (
+        Setting("pixels"),
+        Setting("standardised", standardised=True),
+        Setting("layer norm", norm=True),
+        Setting("SGD", optimizer="sgd"),
+        Setting("GELU", activation="gelu"),
+    )
+}
+PEERS: dict[str, type[Method]] = {
+    "bare": Method,
+    "L2-init": L2Init,
+    "shrink and perturb": ShrinkPerturb,
+    "continual backprop": ContinualBackprop,
+    "ReDo": ReDo,
+}
+OURS: dict[str, dict[str, Any]] = {"library, default": {}, "library, plastic": {"scheme": "plastic"}}
+METHODS = (*PEERS, "UPGD", *OURS)
+
+
+@dataclass
+class Run:
+    """One training: its score at every task, and at the end how many units are silent and how many were born."""
+
+    setting: str
+    method: str
+    seed: int
+    score: float
+    seconds: float
+    curve: list[float] = field(default_factory=list)
+    silent: float = 0.0
+    births: int = 0
+
+
+def train(stream: Stream, setting: Setting, method: str, seed: int, images: tuple[Tensor, Tensor]) -> Run:
+    """One training on one stream; every method sees the same tasks, batches and initial weights."""
+    begin = time.perf_counter()
+    torch.manual_seed(seed)
+    draws, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    model = Mlp(images[0].shape[1], int(images[1].max()) + 1, activation=setting.activation, norm=setting.norm)
+    optimizer = setting.bare(model)
+    births = 0
+    if method == "UPGD":
+        optimizer = Upgd(model.parameters(), generator)
+    elif method in OURS:
+        optimizer = BirthDeathOptimizer(optimizer, model, seed=seed, example_input=images[0][:2], **OURS[method])
+
+        def count(event: Any) -> None:
+            nonlocal births
+            births += len(event.born)
+
+        optimizer.register_event_hook(count)
+    peer = PEERS.get(method, Method)(model, optimizer, generator)
+    curve, task = [], None
+    for task in stream.walk(*images, draws):
+        right = 0
+        for _ in range(task.epochs):
+            order = torch.randperm(len(task.y), generator=draws)
+            for batch in order.split(BATCH):
+                optimizer.zero_grad()
+                out = model(task.x[batch])
+                nn.functional.cross_entropy(out, task.y[batch]).backward()
+                right += int((out.argmax(1) == task.y[batch]).sum()) if stream.kind == "permuted" else 0
+                peer.pull()
+                optimizer.step()
+                peer.act()
+        if stream.kind == "labels":
+            with torch.no_grad():
+                right = int((model(task.x).argmax(1) == task.y).sum())
+        curve.append(right / len(task.y))
+    assert task is not None
+    score = statistics.mean(curve[-stream.last :])
+    seconds = time.perf_counter() - begin
+    return Run(setting.name, method, seed, score, seconds, curve, silent_share(model, task.x), births)
+
+
+def table(runs: Sequence[Run], name: str) -> str:
+    """A markdown table: for each setting and method the mean score with its 95 % interval, and each seed's."""
+    seeds = sorted({r.seed for r in runs})
+    lines = [
+        f"| {name} | method | mean | 95 % | silent units | units born | {' | '.join(f'seed {s}' for s in seeds)} |",
+        f"| --- | --- | ---: | ---: | ---: | ---: |{' ---: |' * len(seeds)}",
+    ]
+    for setting in dict.fromkeys(r.setting for r in runs):
+        groups = {m: [r for r in runs if (r.setting, r.method) == (setting, m)] for m in METHODS}
+        best = max(statistics.mean(r.score for r in g) for g in groups.values() if g)
+        for method, group in groups.items():
+            if not group:
+                continue
+            of = {r.seed: f"{r.score:.3f}" for r in group}
+            mean = statistics.mean(r.score for r in group)
+            shown = f"**{mean:.3f}**" if mean == best else f"{mean:.3f}"
+            silent = statistics.mean(r.silent for r in group)
+            born = statistics.mean(r.births for r in group)
+            lines.append(
+                f"| {setting} | {method} | {shown} | {_interval([r.score for r in group])} | {silent:.0%} | "
+                f"{born:.0f} | {' | '.join(of.get(s, '') for s in seeds)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _interval(values: Sequence[float]) -> str:
+    """Half the width of Student's 95 % interval of the mean."""
+    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+    n = len(values)
+    if n not in quantile:
+        return "" if n < 2 else f"± {1.96 * statistics.stdev(values) / math.sqrt(n):.3f}"
+    return f"± {quantile[n] * statistics.stdev(values) / math.sqrt(n):.3f}"
+
+
+def draw(runs: Sequence[Run], path: Path, ylabel: str) -> None:
+    """The score over tasks: a panel for each setting, a line for each method, the mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    settings = list(dict.fromkeys(r.setting for r in runs))
+    figure, axes = plt.subplots(1, len(settings), figsize=(4.6 * len(settings), 3.8), squeeze=False, sharey=True)
+    for axis, setting in zip(axes[0], settings, strict=True):
+        for method in METHODS:
+            curves = [r.curve for r in runs if (r.setting, r.method) == (setting, method)]
+            if curves:
+                mean = [statistics.mean(at) for at in zip(*curves, strict=True)]
+                wide = 2.4 if method == "library, plastic" else 1.2
+                axis.plot(range(1, len(mean) + 1), mean, linewidth=wide, label=method)
+        axis.set(title=setting, xlabel="task")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(ylabel)
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def arguments(name: str, description: str | None, settings: Sequence[str]) -> Namespace:
+    """The command line of a benchmark."""
+    parser = ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--data", default="fashion-mnist", help="digits, fashion-mnist, cifar10, or folder:PATH")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision keeps what it downloads")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("--tasks", type=int, help="fewer tasks than the benchmark has, to try it out")
+    parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of runs, table and picture")
+    return parser.parse_args()
+
+
+def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
+    """Run what is not there yet, then write ``name``.md, .json and .png to ``args.out``."""
+    torch.set_num_threads(1)  # as fast, and the sums come out the same on every machine
+    try:
+        source = open_source(args.data, args.root, 32)
+        source.download()
+        images = source.decode("train")
+    except BadInput as error:
+        leave(f"{name}.py", error)
+    jobs = [(s, m, seed) for seed in args.seeds for s in args.settings for m in args.methods]
+    runs = []
+    for setting, method, seed in tqdm(jobs, desc=name, unit="run"):
+        key = "-".join((setting, method, str(seed), source.name, str(stream.tasks))).replace(" ", "_").replace(",", "")
+        runs.append(_once(args.out / "runs" / f"{key}.json", stream, SETTINGS[setting], method, seed, images))
+    text = table(runs, name)
+    print(text)
+    made = {"command": f"python recipes/plasticity/{name}.py", "data": source.name, "stream": asdict(stream)}
+    write_json(
+        args.out / f"{name}.json",
+        {**made, **provenance(torch.device("cpu")), "runs": [asdict(r) for r in runs]},
+        DIGITS,
+    )
+    hours = sum(r.seconds for r in runs) / 3600
+    (args.out / f"{name}.md").write_text(f"{text}\nMade by `{made['command']}` in {hours:.1f} hours of one thread.\n")
+    draw(runs, args.out / f"{name}.png", ylabel)
+
+
+def _once(path: Path, stream: Stream, setting: Setting, method: str, seed: int, images: Any) -> Run:
+    if path.is_file():
+        return Run(**json.loads(path.read_text()))
+    x = inputs(images, setting.standardised)
+    run = train(stream, setting, method, seed, (x, images.labels))
+    write_json(path, asdict(run))
+    return run
