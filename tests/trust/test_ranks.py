@@ -34,6 +34,7 @@ _fsdp_only = pytest.mark.skipif(not FSDP_ON_CPU, reason="FSDP2 runs on the CPU f
 HALVES = {
     **{strategy: Form(strategy) for strategy in ["DDP", *FSDP2]},
     **{f"{strategy}, exact": Form(strategy, births={"scheme": "exact", "rate": 5.0}) for strategy in FSDP2 or ["DDP"]},
+    "DDP, plastic": Form("DDP", births={"scheme": "plastic", "births": "typical", "every": 5}),
     **{f"{strategy}, pieces": Form(strategy, pieces=2) for strategy in ["DDP", *FSDP2]},
 }
 NARROW = Form("FSDP2", narrow=True, dtype=torch.float32)
