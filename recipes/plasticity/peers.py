@@ -68,7 +68,7 @@ class L2Init(Method):
 
 
 class ShrinkPerturb(Method):
-    """Weights shrink and are perturbed at every step (Ash & Adams 2020; so in Dohare et al. 2024)."""
+    """Weights shrink and are perturbed at every step (Ash and Adams 2020; so in Dohare et al. 2024)."""
 
     SHRINK, NOISE = 1e-4, 1e-3
 
@@ -125,7 +125,7 @@ class ContinualBackprop(Method):
 
 
 class Upgd(Optimizer):
-    """Utility-based perturbed gradient descent (Elsayed & Mahmood 2024, arXiv:2404.00781), first-order, global.
+    """Utility-based perturbed gradient descent (Elsayed and Mahmood 2024, arXiv:2404.00781), first-order, global.
 
     Weights of low utility get the whole update with noise; those of the highest are hardly touched.
     """

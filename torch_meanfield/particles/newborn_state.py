@@ -137,7 +137,7 @@ def _begun(
         if not isinstance(value, Tensor) or value.shape != stand_in.shape:
             continue
         same = bool((value == value.flatten()[0]).all())
-        copied = torch.equal(value, before.to(value.dtype))
+        copied = any(torch.equal(value, p.to(value.dtype)) for p in (before, stand_in))
         begins[key] = COPY if copied else float(value.flatten()[0]) if same else None
     return begins
 
@@ -159,6 +159,7 @@ def _twin(optimizer: Optimizer, group: dict[str, Any], options: dict[str, Any], 
         return memo[id(optimizer)]  # type: ignore[no-any-return]
     twin: Optimizer = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
+    ours = set(map(id, group["params"]))
 
     def begun(name: str, value: Any) -> Any:
         if isinstance(value, Optimizer):
@@ -166,14 +167,14 @@ def _twin(optimizer: Optimizer, group: dict[str, Any], options: dict[str, Any], 
         if id(value) in memo:
             return memo[id(value)]
         if name == "state":
-            value, out = value, defaultdict(dict)
+            memo[id(value)] = defaultdict(dict)
         elif name == "param_groups":
-            mine = [g for g in value if g is group or set(map(id, g["params"])) & set(map(id, group["params"]))]
-            out = [options if g is group else {**g, "params": options["params"]} for g in mine[:1]]
+            held = next((g for g in value if ours & set(map(id, g["params"]))), None)
+            kept = options if held is group else {**(held or {}), "params": options["params"]}
+            memo[id(value)] = [] if held is None else [kept]
         else:
             return copy.copy(value) if isinstance(value, (list, dict, set)) else value
-        memo[id(value)] = out
-        return out
+        return memo[id(value)]
 
     skipped = {"step", "_opt_called"}  # a scheduler has put its own on the instance, bound to the one it counts
     for name, value in vars(optimizer).items():

@@ -143,7 +143,7 @@ class BirthRecorder:
 
 def _event_is_due(optimizer: BirthDeathOptimizer) -> bool:
     settings = optimizer.settings
-    due = optimizer.enabled and settings.active and (optimizer.clock + 1) % settings.every == 0
+    due = optimizer.enabled and settings.active and (optimizer.clock + 1) % settings.steps_between == 0
     return due and bool(optimizer.populations)
 
 

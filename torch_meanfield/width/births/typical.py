@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,7 @@ from torch_meanfield.width.births.reinject import Reinject
 from torch_meanfield.width.births.rule import Vacancies
 from torch_meanfield.width.draws import Draws
 
-AS_THE_LIVING = (
-    0.5  # of the newborn units are as large as the median; the others' size lies between it and a fresh one's
-)
+AS_THE_LIVING = 0.5  # of the newborn units are as large as the median, the others between that and the draw
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Typical(Reinject):
 
 
 def _resized(
-    columns: list[Slice], roles: tuple[str, ...], values: Mapping[int, Tensor], living: Tensor, exponent: Tensor
+    columns: Sequence[Slice], roles: tuple[str, ...], values: Mapping[int, Tensor], living: Tensor, exponent: Tensor
 ) -> dict[int, Tensor]:
     out = {}
     for i, (column, role) in enumerate(zip(columns, roles, strict=True)):

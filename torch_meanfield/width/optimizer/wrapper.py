@@ -43,8 +43,8 @@ class BirthDeathOptimizer(SharingOptimizer):
       :func:`.standing_out` and :func:`.removal`. The loss is taken for a negative log-likelihood (or a mean square) of
       natural scale. Where clipping cuts gradients to a tenth at most steps, the margin that protects good units is
       used up, and ``rate=0`` is the safe choice.
-    - ``scheme="plastic"`` is for networks that must go on learning, while the data or the task change: it replaces
-      every unit that reached nothing for ``dead_after`` samples, within five steps. See :class:`.Plastic`.
+    - ``scheme="plastic"``, for networks that must go on learning while the data or the task change, replaces every
+      unit that reached nothing for ``dead_after`` samples: see :class:`.Plastic`.
     - ``scheme="exact"`` is the theory, (34) and (37):
       :math:`\partial_t\mu = \nabla\cdot(\mu\nabla V) - \alpha (V - \bar V)\mu` with alpha = ``rate``. Time is the
       sum of the learning rates. To check theory with, on potentials that are (nearly) exact: rates proportional to V,
@@ -54,18 +54,16 @@ class BirthDeathOptimizer(SharingOptimizer):
     What takes a vacant place:
 
     - ``births="reinject"``: a unit drawn anew from the layer's own initialiser, optimizer state fresh, outgoing weights
-      0, so that the function stays as it was. With ``steep``, where the surroundings allow it, it is placed where the
-      loss is steep, and given outgoing weights if it replaces a *harmful* unit: see :class:`.Steep`.
+      0, so that the function stays as it was; with ``steep`` it is placed where the loss is: see :class:`.Steep`.
     - ``births="typical"``: the same, at a size between the initialiser's and that of living units: :class:`.Typical`.
     - ``births="split"``: half of another unit, slightly moved. ``births="clone"``: an exact duplicate, as published.
     - a :class:`.BirthRule` of your own.
 
     The residual blocks of a mean-field layer with learnable times are a population too: a dead block leaves its time
-    to a neighbour, and a clone shares its parent's interval, so that the function changes by
-    :math:`O(\Delta\tau^2)`. Blocks are always cloned, whatever ``births`` says.
+    to a neighbour, and a clone shares its parent's interval (the function changes by :math:`O(\Delta\tau^2)`).
 
-    Everything stays on the device, with one read per event and none on other steps. (Under a ``GradScaler`` torch reads
-    at each step whether it overflowed, except for fused optimizers, for which it is read here.) A step that was
+    Everything stays on the device, with one read per event and none on other steps (but whether a ``GradScaler`` over a
+    fused optimizer overflowed, which torch reads for others). A step that was
     skipped has never been: it is not counted, and nothing of it is remembered. Nothing happens on gradients that are
     not finite, and in populations with a frozen parameter.
 
@@ -77,8 +75,8 @@ class BirthDeathOptimizer(SharingOptimizer):
             or a list of them, each a :class:`~torch_meanfield.width.Neurons`, a list of ``(tensor, dim)`` whose
             last entry is the outgoing weights, or a mean-field layer, whose blocks are meant.
         rate: ``standing_out``: the largest share of a population replaced as harmful in one event, rounded down, so
-            that a handful of units (attention heads, the blocks of a stage) loses none that works; ``exact``: alpha.
-            0 (with ``reinject=0``) gives the wrapped optimizer bit for bit.
+            that a handful of units (attention heads) loses none that works, and 0 replaces none, dead ones neither;
+            ``exact``: alpha. 0 (with ``reinject=0``) gives the wrapped optimizer bit for bit.
         every: steps from one event to the next; ``None``: 5 under ``plastic``, else 200. (Under ``standing_out``, no
             potential can stand out of 10 steps or fewer by three standard errors: only dormant units are replaced.)
         births: ``"reinject"``, ``"typical"``, ``"split"``, ``"clone"`` or a rule; ``None``: ``"clone"`` under
@@ -94,12 +92,11 @@ class BirthDeathOptimizer(SharingOptimizer):
             ``plastic``, which does not decide by them.
         threshold: how far a potential must stand out, in standard errors of its own average.
         batch_size: samples whose mean a step's gradient is, over all ranks; ``None``: counted at a layer of ``model``,
-            unless that is compiled or run under ``vmap``. Without either no unit is replaced as harmful, and a warning
-            says so.
+            unless that is compiled or run under ``vmap``. Without either a warning says what it costs.
         dead_after: under ``plastic``, the number of samples that have not reached a unit when it is replaced.
         max_share: under ``plastic``, the largest share of a population that is replaced at once.
         moment_share: second moments that the optimizer keeps (Adam's ``exp_avg_sq``) begin at this share of their mean
-            for newborn units, what else it keeps as it began for the layer; ``None``: 0.003 under ``plastic``, else 0.01.
+            for newborn units, other state as it began for the layer; ``None``: 0.003 under ``plastic``, else 0.01.
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
             place, newborn units along the column's dimension; ``None``: the layer's own law, else normal draws with
             the moments the column had when it was wrapped.
@@ -114,11 +111,9 @@ class BirthDeathOptimizer(SharingOptimizer):
         clock: optimizer steps seen.
 
     Raises:
-        TypeError, ValueError: naming the argument, before anything is changed: see
-            :class:`.Settings`, :func:`.neurons_from`; a
-            parameter that the optimizer does not own; units whose weights are computed from others so that a birth
-            would change more than itself (:mod:`.reparametrised`); blocks tied to other modules;
-            ``"auto"`` without a model.
+        TypeError, ValueError: naming the argument, before anything is changed: see :class:`.Settings`,
+            :func:`.neurons_from`; a parameter that the optimizer does not own; units whose weights are computed from
+            others (:mod:`.reparametrised`); blocks tied to other modules; ``"auto"`` without a model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -357,11 +352,9 @@ class BirthDeathOptimizer(SharingOptimizer):
         self._unpack(state)
 
     def _packed(self) -> dict[str, Any]:
-        return (
-            checkpoint.pack(self._dynamics, self.clock, self._draws.generator)
-            if self._pending is None
-            else self._pending
-        )
+        if self._pending is not None:
+            return self._pending
+        return checkpoint.pack(self._dynamics, self.clock, self._draws.generator)
 
     def _unpack(self, ours: dict[str, Any]) -> None:
         self.clock = int(ours["clock"])
