@@ -63,9 +63,8 @@ class BirthDeathOptimizer(SharingOptimizer):
     to a neighbour, and a clone shares its parent's interval (the function changes by :math:`O(\Delta\tau^2)`).
 
     Everything stays on the device, with one read per event and none on other steps (but whether a ``GradScaler`` over a
-    fused optimizer overflowed, which torch reads for others). A step that was
-    skipped has never been: it is not counted, and nothing of it is remembered. Nothing happens on gradients that are
-    not finite, and in populations with a frozen parameter.
+    fused optimizer overflowed, which torch reads for others). A step that was skipped has never been: nothing of it is
+    remembered. Nothing happens on gradients that are not finite, and in populations with a frozen parameter.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``. ``param_groups``, ``state`` and ``defaults`` are shared with it.
@@ -98,8 +97,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         moment_share: second moments that the optimizer keeps (Adam's ``exp_avg_sq``) begin at this share of their mean
             for newborn units, other state as it began for the layer; ``None``: 0.003 under ``plastic``, else 0.01.
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
-            place, newborn units along the column's dimension; ``None``: the layer's own law, else normal draws with
-            the moments the column had when it was wrapped.
+            place, newborn units along the column's dimension; ``None``: see :func:`.initialisers_of`.
         example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Give it if runs
             are resumed: from a checkpoint made while the landscape before an event was being recorded (the last 40
             steps), only a wrapper that knows its populations from the start resumes bit for bit.
@@ -107,7 +105,6 @@ class BirthDeathOptimizer(SharingOptimizer):
 
     Attributes:
         enabled: set it to ``False`` to let the population rest, as for the last part of a training.
-        populations: those that are acted on (empty until the first step if they are found from the first input).
         clock: optimizer steps seen.
 
     Raises:
@@ -188,7 +185,7 @@ class BirthDeathOptimizer(SharingOptimizer):
 
     @property
     def populations(self) -> list[Neurons | Blocks]:
-        """The populations that are acted on."""
+        """The populations that are acted on; empty until the first step if they are found from the first input."""
         return [] if self._dynamics is None else [each.population for each in self._dynamics.tracked]
 
     def potentials(self) -> dict[str, Tensor]:

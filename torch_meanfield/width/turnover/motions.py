@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch_meanfield.particles import Motion, Stack
+from torch_meanfield.particles import Motion, Slice, Stack
 from torch_meanfield.width.turnover.tracked import Tracked, TrackedBlocks, TrackedNeurons
 
 
@@ -13,11 +13,13 @@ def follow_(tracked: Sequence[Tracked], motion: Motion) -> None:
 
     A block that comes from a place without such a population brings no past: averages there begin anew.
     """
-    if motion.born is not None or motion.cause in ("load", "follow"):
+    if motion.cause in ("load", "follow"):
         return
     stacks = [c for c in motion.population.columns if isinstance(c, Stack)]
-    if not stacks:
-        return  # neurons that moved: whoever moved them has seen to their averages
+    if not stacks and motion.cause != "birth_death":  # an event has seen to what it moved
+        _moved_by_others(tracked, motion)
+    if not stacks or motion.born is not None:
+        return
     for each in tracked:
         if isinstance(each, TrackedBlocks) and each.population.module is motion.population.owner:
             each.move_(motion.index)
@@ -34,6 +36,18 @@ def follow_(tracked: Sequence[Tracked], motion: Motion) -> None:
                 each.initialisers = old[source][1]
             if each.recorder is not None:
                 each.recorder.drop()
+
+
+def _moved_by_others(tracked: Sequence[Tracked], motion: Motion) -> None:
+    """Neurons that somebody else exchanged, or drew anew: what is known of them goes with them or is forgotten."""
+    moved = {(id(c.tensor), c.dim) for c in motion.population.columns if isinstance(c, Slice)}
+    for each in tracked:
+        if isinstance(each, TrackedNeurons):
+            outgoing = each.population.outgoing[0]
+            if (id(outgoing.tensor), outgoing.dim) in moved:
+                each.move_(motion.index) if motion.born is None else each.forget_(motion.born)
+                if each.recorder is not None:
+                    each.recorder.drop()
 
 
 def _families(tracked: Sequence[Tracked], stacks: Sequence[Stack]) -> list[dict[int, TrackedNeurons]]:
