@@ -22,11 +22,13 @@ class Task:
         x: inputs, ``(n, d)``.
         y: classes, int64 ``(n,)``.
         epochs: how often they are seen.
+        asked: inputs and classes by which it is scored at its end; ``None``: each batch, before it is trained on.
     """
 
     x: Tensor
     y: Tensor
     epochs: int
+    asked: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Stream:
     Args:
         kind: ``"labels"``: the same images under labels drawn anew at every task, learned for many epochs; the score
             of a task is the training accuracy at its end. ``"permuted"``: other images at every task, their pixels
-            permuted anew, seen once; the score is the accuracy before each step.
+            permuted anew, seen once; the score is the accuracy before each step. ``"stationary"``: no change, a task is
+            one epoch over the same images; the score is the accuracy on 10,000 others.
         tasks: how many.
         samples: images in a task.
         epochs: in a task.
@@ -52,10 +55,15 @@ class Stream:
     def walk(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Iterator[Task]:
         """The tasks, drawn from the images ``x`` (``(N, d)``) of classes ``y``."""
         classes, d = int(y.max()) + 1, x.shape[1]
-        chosen = torch.randperm(len(x), generator=generator)[: self.samples]
+        order = torch.randperm(len(x), generator=generator)
+        chosen, others = order[: self.samples], order[self.samples :][:10_000]
         for _ in range(self.tasks):
             if self.kind == "labels":
-                yield Task(x[chosen], torch.randint(classes, (len(chosen),), generator=generator), self.epochs)
+                labels = torch.randint(classes, (len(chosen),), generator=generator)
+                yield Task(x[chosen], labels, self.epochs, (x[chosen], labels))
+                continue
+            if self.kind == "stationary":
+                yield Task(x[chosen], y[chosen], self.epochs, (x[others], y[others]))
                 continue
             places = torch.randperm(d, generator=generator)
             chosen = torch.randperm(len(x), generator=generator)[: self.samples]
@@ -65,6 +73,7 @@ class Stream:
 STREAMS = {
     "labels": Stream("labels", tasks=40, samples=640, epochs=30, last=8),
     "permuted": Stream("permuted", tasks=60, samples=4800, epochs=1, last=20),
+    "stationary": Stream("stationary", tasks=15, samples=12_000, epochs=1, last=1),
 }
 
 

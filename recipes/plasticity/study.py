@@ -106,18 +106,21 @@ def train(stream: Stream, setting: Setting, method: str, seed: int, images: tupl
                 optimizer.zero_grad()
                 out = model(task.x[batch])
                 nn.functional.cross_entropy(out, task.y[batch]).backward()
-                right += int((out.argmax(1) == task.y[batch]).sum()) if stream.kind == "permuted" else 0
+                right += int((out.argmax(1) == task.y[batch]).sum()) if task.asked is None else 0
                 peer.pull()
                 optimizer.step()
                 peer.act()
-        if stream.kind == "labels":
-            with torch.no_grad():
-                right = int((model(task.x).argmax(1) == task.y).sum())
-        curve.append(right / len(task.y))
+        curve.append(right / len(task.y) if task.asked is None else accuracy(model, *task.asked))
     assert task is not None
     score = statistics.mean(curve[-stream.last :])
     seconds = time.perf_counter() - begin
     return Run(setting.name, method, seed, score, seconds, curve, silent_share(model, task.x), births)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of ``x`` that is classified as ``y``."""
+    return float((model(x).argmax(1) == y).float().mean())
 
 
 def table(runs: Sequence[Run], name: str) -> str:
