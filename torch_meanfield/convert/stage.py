@@ -13,6 +13,7 @@ from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.depth.tau_axis import projected
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.population import Column, named_tensors
+from torch_meanfield.particles.traits import Traits
 
 
 class ConvertedStage(MeanFieldLayer):
@@ -56,7 +57,9 @@ class ConvertedStage(MeanFieldLayer):
         """The particles: each owns one tensor of every name in its blocks, and its position on the tau axis."""
         columns: list[Column] = list(self._columns())
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
-        return _Blocks(columns, owner=self, name=self._label())
+        mine = set(self.modules())  # a stage may be registered inside a block
+        traits = Traits([[m for block in blocks for m in block.modules() if m not in mine] for blocks in self])
+        return _Blocks(columns, owner=self, name=self._label(), traits=traits)
 
     def _columns(self) -> list[Stack]:
         mine = {id(t) for t in named_tensors(self).values()}

@@ -19,12 +19,13 @@ _stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-def _remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def remember(optimizer: Optimizer, *_: Any) -> None:
+    """Let the state of ``optimizer`` move with particles from now on."""
     with _lock:
         _stepped.add(optimizer)
 
 
-register_optimizer_step_post_hook(_remember)
+register_optimizer_step_post_hook(remember)
 
 
 def known_optimizers(also: Iterable[Optimizer] = ()) -> list[Optimizer]:
