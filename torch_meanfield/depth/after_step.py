@@ -29,7 +29,7 @@ from torch_meanfield.particles.holders import held_by_optimizers
 from torch_meanfield.particles.no_compile import eagerly
 from torch_meanfield.particles.optimizer_state import check_undivided
 from torch_meanfield.particles.transport import check_transportable
-from torch_meanfield.particles.unmoved import Asked, ask, parameters_of
+from torch_meanfield.particles.unmoved import ask, belongings
 
 
 @dataclass
@@ -115,7 +115,7 @@ def _at_first_step(optimizer: Optimizer, layers: list[Sortable]) -> None:
     """Ask who holds what of the particles, and refuse now what could not move when blocks cross for the first time."""
     populations = [layer.population() for layer in layers]
     if populations:
-        ask(optimizer, [Asked(p.name, parameters_of(p), p.owner) for p in populations])
+        ask(optimizer, [belongings(p) for p in populations])
     for population in populations:
         check_transportable(population, range(population.size), [optimizer])
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -124,7 +124,7 @@ def _at_first_step(optimizer: Optimizer, layers: list[Sortable]) -> None:
         if layer is None or tau is None or not tau.requires_grad or id(tau) in mine:
             continue
         try:
-            owned = [p for p in parameters_of(layer.population()) if p is not tau and p.requires_grad]
+            owned = [p for p in belongings(layer.population()).parameters if p.requires_grad]
         except RuntimeError:
             continue  # a stage whose blocks are gone
         if owned and all(id(p) in mine for p in owned) and id(tau) not in held_by_optimizers():

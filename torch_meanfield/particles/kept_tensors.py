@@ -22,8 +22,9 @@ class KeptTensors:
         model: what it averages.
 
     Raises:
-        ValueError: its tensors are not, in number and shape, those of ``model``, are those of ``model`` itself, or are
-            there for some particles of a population only.
+        TypeError: its tensors are those of ``model`` itself.
+        ValueError: they are not, in number and shape, those of ``model``, or are there for some particles of a
+            population only.
     """
 
     def __init__(self, kept: Sequence[Tensor] | Mapping[Any, Tensor], model: nn.Module) -> None:
@@ -63,7 +64,10 @@ def _keys_by_name(kept: Sequence[Tensor] | Mapping[Any, Tensor], model: nn.Modul
             f"model.parameters() in their order; pass those, or a dict of them by their names in model"
         )
     if any(same_memory(value, ours[n]) for n, value in zip(order, values, strict=True)):
-        raise ValueError("follow: copy holds tensors of model itself; pass those of its average")
+        raise TypeError(
+            f"follow: copy must be a torch.nn.Module, got {type(kept).__name__} of tensors of model itself; pass those "
+            f"of its average"
+        )
     averaged = {id(ours[n]) for n in order}
     for module in model.modules():
         for column in module.population().columns if isinstance(module, Resampled) else ():

@@ -15,11 +15,12 @@ from torch_meanfield._torch import init_optimizer_hooks, patch_step
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.no_compile import eagerly
 from torch_meanfield.particles.population import Slice
+from torch_meanfield.particles.unmoved import ask
 from torch_meanfield.width.births.reinject import Initializer
 from torch_meanfield.width.births.rule import BirthRule
 from torch_meanfield.width.draws import Draws
 from torch_meanfield.width.optimizer import checkpoint
-from torch_meanfield.width.optimizer.declared import declared
+from torch_meanfield.width.optimizer.declared import asked, declared
 from torch_meanfield.width.optimizer.discovery import Glimpse, discovered
 from torch_meanfield.width.optimizer.settings import Births, Scheme, Settings
 from torch_meanfield.width.optimizer.sharing import SharingOptimizer, with_own_hooks
@@ -289,6 +290,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         dynamics = self._dynamics
         assert dynamics is not None
         if not self._checked:
+            ask(self.optimizer, asked(self.populations, self._model))
             dynamics.check_state(self.optimizer)
             self._checked = True
         self.clock += 1
