@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -95,6 +97,20 @@ class ConvertedStage(MeanFieldLayer):
         """A stage is not called: the model's own forward runs its blocks."""
         raise TypeError(f"{self._label()} is not called; the blocks run in the model's own forward")
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_to_state_dict(*args, **kwargs)
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_name != "save_pretrained":
+            frame = frame.f_back
+        if frame is not None and not self.tau_axis.is_fresh:
+            warnings.warn(
+                f"{self._label()}: save_pretrained() writes weights without the steps that scale them, and "
+                f"from_pretrained() makes a network that has none and ignores tau. Save fold(model), or load by "
+                f"convert(model) and then load_state_dict()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         keys = [f"{prefix}tau_axis.{name}" for name in named_tensors(self.tau_axis)]
@@ -106,6 +122,14 @@ class ConvertedStage(MeanFieldLayer):
         absent = self.__dict__.pop("_absent", [])
         missing = incompatible_keys.missing_keys
         missing[:] = [k for k in missing if k not in absent]
+        if absent and not self.tau_axis.is_fresh:
+            warnings.warn(
+                f"{self._label()}: what was loaded is of a model that was not converted and holds no tau; its blocks "
+                f"keep the steps {[round(s, 4) for s in self.steps().tolist()]} that they have here. For the loaded "
+                f"network itself call tau_axis.reset_parameters() of this stage",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         # Unsorted slots stay as they are until the next step: steps() and step() take them by rank, and other blocks
         # of the model may not have been loaded yet.
         self.tau_axis.mark_sorted(False)
