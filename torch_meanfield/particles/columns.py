@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -227,13 +227,18 @@ class Slice(Column):
 
     def move_gradients_(self, route: Route) -> None:
         """See :meth:`Column.move_gradients_`."""
+        self.change_gradient_(lambda grad: grad.move_(route))
+
+    def change_gradient_(self, change: Callable[[Slice], None]) -> None:
+        """Let ``change`` write to the gradient, if there is one, laid out like the tensor; a sparse one stays sparse."""
         grad = self.tensor.grad
-        if grad is not None and grad.layout != torch.strided:
-            dense = self.on(grad.to_dense())
-            dense.move_(route)
-            self.tensor.grad = dense.tensor.to_sparse(layout=grad.layout)
-        elif grad is not None:
-            self.on(grad).move_(route)
+        if grad is None or grad.layout == torch.strided:
+            if grad is not None:
+                change(self.on(grad))
+            return
+        dense = grad.to_dense()
+        change(self.on(dense))
+        self.tensor.grad = dense.to_sparse(layout=grad.layout)
 
     def move_state_(self, optimizer: Optimizer, route: Route) -> None:
         """See :meth:`Column.move_state_`."""

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -61,12 +62,16 @@ def check_state(optimizer: Optimizer, column: Column, name: str) -> None:
             if value is None or isinstance(value, (bool, int, float)):
                 continue
             if isinstance(value, Tensor):
-                if value.shape == p.shape or value.numel() == 1:
+                movable = column.owns_whole or value.layout == torch.strided
+                if (value.shape == p.shape and movable) or value.numel() == 1:
                     continue
                 alike = all(isinstance(s.get(key), Tensor) and s[key].shape == value.shape for _, s in states)
                 if column.owns_whole and len(states) == column.size and alike:
                     continue
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            what = f"type {type(value).__name__}"
+            if isinstance(value, Tensor):
+                layout = "" if value.layout == torch.strided else f", {value.layout}"
+                what = f"shape {tuple(value.shape)}{layout}"
             raise TypeError(
                 f"{name}: {type(optimizer).__name__} keeps {key!r} ({what}) for a parameter of shape "
                 f"{tuple(p.shape)}, which cannot be divided among the particles; use an optimizer whose state has the "

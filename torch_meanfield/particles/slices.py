@@ -48,8 +48,7 @@ def scale_rows_(column: Slice, factors: Tensor) -> None:
 
 def forget_rows_(column: Slice, places: Tensor, optimizers: Iterable[Optimizer]) -> None:
     """Begin anew for the particles at ``places``: gradient 0, and 0 in every state of the parameter's shape."""
-    if column.tensor.grad is not None:
-        write_rows_(column.on(column.tensor.grad), places, 0.0)
+    column.change_gradient_(lambda grad: write_rows_(grad, places, 0.0))
     for optimizer in optimizers:
         for kept in column.states(optimizer):
             write_rows_(kept, places, 0.0)
