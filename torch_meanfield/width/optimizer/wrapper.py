@@ -99,9 +99,8 @@ class BirthDeathOptimizer(SharingOptimizer):
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
             place, newborn units along the column's dimension; ``None``: the layer's own law, else normal draws with
             the moments the column had when it was wrapped.
-        example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Give it if runs
-            are resumed: from a checkpoint made while the landscape before an event was being recorded (the last 40
-            steps), only a wrapper that knows its populations from the start resumes bit for bit.
+        example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Without it a run
+            whose checkpoint was made in the 40 steps before an event, while the landscape is recorded, resumes inexactly.
         seed: of the generator, which must be alike on all data-parallel ranks.
 
     Attributes:
@@ -186,7 +185,7 @@ class BirthDeathOptimizer(SharingOptimizer):
     @property
     def populations(self) -> list[Neurons | Blocks]:
         """The populations that are acted on."""
-        return [] if self._dynamics is None else [each.population for each in self._dynamics.tracked]
+        return [each.population for each in self._dynamics.tracked] if self._dynamics else []
 
     def potentials(self) -> dict[str, Tensor]:
         """The averaged potential of every unit, by name of its population; shape ``(n,)``, 0 where nothing was seen."""
@@ -201,10 +200,9 @@ class BirthDeathOptimizer(SharingOptimizer):
         return self._of_each(lambda seen: seen.dormant)
 
     def _of_each(self, read: Callable[[Evidence], Tensor]) -> dict[str, Tensor]:
-        tracked = () if self._dynamics is None else self._dynamics.tracked
-        return {each.name: read(each.evidence()) for each in tracked}
+        return {each.name: read(each.evidence()) for each in (self._dynamics.tracked if self._dynamics else ())}
 
-    def _settle(self, populations: list[Neurons | Blocks]) -> None:
+    def _settle(self, populations: list[Neurons | Blocks]) -> Dynamics:
         events = Events(*self._rules, self.settings.reinject, self._draws, self.settings)
         dynamics = Dynamics(
             populations,
@@ -220,6 +218,7 @@ class BirthDeathOptimizer(SharingOptimizer):
             self._pending = None
         self._dynamics = dynamics
         dynamics.watch(self.clock)
+        return dynamics
 
     # -- stepping ----------------------------------------------------------------------------------------------
 
@@ -265,17 +264,17 @@ class BirthDeathOptimizer(SharingOptimizer):
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf.any()):
             return False
-        if self._dynamics is not None:
-            self._dynamics.forget_step()
+        self._forget_step()
         return True
 
     @eagerly
     def _read(self) -> bool:
         """Take in this step's potentials; whether there was a step to see."""
         if self._glimpse is not None:
-            example, self._glimpse = self._glimpse.take(), None
+            example, batches, self._glimpse = self._glimpse.take(), self._glimpse.batches, None
             assert self._model is not None
-            self._settle(discovered(self._model, example, self.optimizer))
+            dynamics = self._settle(discovered(self._model, example, self.optimizer))
+            batches.hand_over(dynamics.batch, self._model, example)
         # Checkpointing makes optimizers initialise by a step with learning rate 0: no time passes in it.
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
         if all(not isinstance(lr, Tensor) and lr == 0 for lr in rates) or self._dynamics is None:
@@ -301,9 +300,12 @@ class BirthDeathOptimizer(SharingOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See :meth:`torch.optim.Optimizer.zero_grad`."""
-        if self._dynamics is not None:
-            self._dynamics.forget_step()
+        self._forget_step()
         super().zero_grad(set_to_none)
+
+    def _forget_step(self) -> None:
+        if watching := self._dynamics or self._glimpse:
+            watching.forget_step()
 
     def register_event_hook(self, callback: Callable[[Event], None]) -> RemovableHandle:
         """Call ``callback(event)`` after each event that changed something; see :class:`Event`.
@@ -347,11 +349,9 @@ class BirthDeathOptimizer(SharingOptimizer):
         self._unpack(state)
 
     def _packed(self) -> dict[str, Any]:
-        return (
-            checkpoint.pack(self._dynamics, self.clock, self._draws.generator)
-            if self._pending is None
-            else self._pending
-        )
+        if self._pending is not None:
+            return self._pending
+        return checkpoint.pack(self._dynamics, self.clock, self._draws.generator)
 
     def _unpack(self, ours: dict[str, Any]) -> None:
         self.clock = int(ours["clock"])
