@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +15,7 @@ from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.depth.tau_axis import projected
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.population import Column, named_tensors
+from torch_meanfield.particles.traits import Traits
 
 
 class ConvertedStage(MeanFieldLayer):
@@ -56,7 +59,9 @@ class ConvertedStage(MeanFieldLayer):
         """The particles: each owns one tensor of every name in its blocks, and its position on the tau axis."""
         columns: list[Column] = list(self._columns())
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
-        return _Blocks(columns, owner=self, name=self._label())
+        mine = set(self.modules())  # a stage may be registered inside a block
+        traits = Traits([[m for block in blocks for m in block.modules() if m not in mine] for blocks in self])
+        return _Blocks(columns, owner=self, name=self._label(), traits=traits)
 
     def _columns(self) -> list[Stack]:
         mine = {id(t) for t in named_tensors(self).values()}
@@ -92,6 +97,20 @@ class ConvertedStage(MeanFieldLayer):
         """A stage is not called: the model's own forward runs its blocks."""
         raise TypeError(f"{self._label()} is not called; the blocks run in the model's own forward")
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_to_state_dict(*args, **kwargs)
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_name != "save_pretrained":
+            frame = frame.f_back
+        if frame is not None and not self.tau_axis.is_fresh:
+            warnings.warn(
+                f"{self._label()}: save_pretrained() writes weights without the steps that scale them, and "
+                f"from_pretrained() makes a network that has none and ignores tau. Save fold(model), or load by "
+                f"convert(model) and then load_state_dict()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         keys = [f"{prefix}tau_axis.{name}" for name in named_tensors(self.tau_axis)]
@@ -103,6 +122,14 @@ class ConvertedStage(MeanFieldLayer):
         absent = self.__dict__.pop("_absent", [])
         missing = incompatible_keys.missing_keys
         missing[:] = [k for k in missing if k not in absent]
+        if absent and not self.tau_axis.is_fresh:
+            warnings.warn(
+                f"{self._label()}: what was loaded is of a model that was not converted and holds no tau; its blocks "
+                f"keep the steps {[round(s, 4) for s in self.steps().tolist()]} that they have here. For the loaded "
+                f"network itself call tau_axis.reset_parameters() of this stage",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         # Unsorted slots stay as they are until the next step: steps() and step() take them by rank, and other blocks
         # of the model may not have been loaded yet.
         self.tau_axis.mark_sorted(False)

@@ -12,6 +12,7 @@ backward pass and the next forward pass, with cold caches, they are four to ten 
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,8 +25,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch_meanfield.depth.sorting import Sortable, sort_
 from torch_meanfield.depth.tau_axis import TauAxis
 from torch_meanfield.particles.averages import trained_by_itself
+from torch_meanfield.particles.holders import held_by_optimizers
 from torch_meanfield.particles.no_compile import eagerly
 from torch_meanfield.particles.optimizer_state import check_undivided
+from torch_meanfield.particles.transport import check_transportable
+from torch_meanfield.particles.unmoved import ask, belongings
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Owned:
 
 
 _layers: dict[int, Known] = {}
+_asked: dict[int, tuple[int, weakref.ref[Optimizer]]] = {}  # how many layers an optimizer stepped when it was asked
 
 
 def register(layer: Sortable) -> None:
@@ -84,6 +89,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             _check_not_replaced(known, layer, owned)
         if owned.holds(tau, known):
             stepped.append((known.place, layer, axis))
+    number = id(optimizer)
+    if _layers and (number not in _asked or len(stepped) > _asked[number][0]):
+        _asked[number] = len(stepped), weakref.ref(optimizer, lambda _: _asked.pop(number, None))
+        _at_first_step(optimizer, [layer for _, layer, _ in stepped])
     if not stepped:
         return
     check_undivided(optimizer)
@@ -100,6 +109,32 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     else:
         for _, layer, _ in stepped:
             sort_(layer, cause="resort", optimizers=[optimizer])
+
+
+def _at_first_step(optimizer: Optimizer, layers: list[Sortable]) -> None:
+    """Ask who holds what of the particles, and refuse now what could not move when blocks cross for the first time."""
+    populations = [layer.population() for layer in layers]
+    if populations:
+        ask(optimizer, [belongings(p) for p in populations])
+    for population in populations:
+        check_transportable(population, range(population.size), [optimizer])
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in [known.layer() for known in list(_layers.values())]:
+        tau = None if layer is None else layer.tau_axis.offset
+        if layer is None or tau is None or not tau.requires_grad or id(tau) in mine:
+            continue
+        try:
+            owned = [p for p in belongings(layer.population()).parameters if p.requires_grad]
+        except RuntimeError:
+            continue  # a stage whose blocks are gone
+        if owned and all(id(p) in mine for p in owned) and id(tau) not in held_by_optimizers():
+            warnings.warn(
+                f"{layer._label()}: its blocks are trained, but its tau is in no optimizer, and is perhaps no parameter "
+                f"of the model that is trained (a tool may have taken the blocks out of the model that was converted): "
+                f"pass tau_axis.offset too and save it, or fix it by tau_axis.offset.requires_grad_(False)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _check_not_replaced(known: Known, layer: Sortable, owned: Owned) -> None:

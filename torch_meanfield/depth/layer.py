@@ -90,8 +90,11 @@ class MeanFieldLayer(nn.Module):
         return self
 
     def draw_tau_(self, generator: torch.Generator | None = None) -> MeanFieldLayer:
-        """Place the particles at n sorted draws from U(0, horizon)."""
+        """Place the particles at n sorted draws from U(0, horizon); so does a later reset, as after the meta device."""
+        self.tau_axis.random = True
         anchor = self.tau_axis.anchor
+        if anchor.is_meta:
+            return self
         device = "cpu" if generator is None else generator.device
         draws = torch.rand(len(self), generator=generator, dtype=anchor.dtype, device=device) * self.horizon
         return self.set_tau_(draws.sort().values)

@@ -17,6 +17,7 @@ from torch_meanfield.depth.tau_axis import check_horizon, differences, plain_val
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Column, named_tensors
+from torch_meanfield.particles.traits import Traits
 
 
 class MeanFieldSequential(MeanFieldLayer):
@@ -96,7 +97,8 @@ class MeanFieldSequential(MeanFieldLayer):
         names = {id(t): name for name, t in tensors[0].items()}.values()  # a tensor tied inside a branch counts once
         columns: list[Column] = [Stack([t[name] for t in tensors]) for name in names]
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
-        return Population(columns, owner=self, name=self._label())
+        traits = Traits([list(branch.modules()) for branch in self])
+        return Population(columns, owner=self, name=self._label(), traits=traits)
 
     # -- the forward pass --------------------------------------------------------------------------------------
 

@@ -35,6 +35,8 @@ class TauAxis(nn.Module):
 
     anchor: Tensor
     offset: nn.Parameter | None
+    horizon: float | None = None  # of an axis pickled before it had one: n
+    random = False  # whether a reset draws the positions from U(0, T), rather than taking the grid
 
     def __init__(
         self,
@@ -46,8 +48,8 @@ class TauAxis(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        # arange before the division: at horizon n the grid holds exact integers, so every step is exactly 1.0.
-        grid = torch.arange(1, n + 1, device=device, dtype=dtype) * (horizon / n)
+        self.horizon = horizon
+        grid = _grid(n, horizon, device, dtype)
         self.register_buffer("anchor", grid)
         self.offset = nn.Parameter(torch.zeros_like(grid)) if learn else None
         # FSDP2 with a narrow param_dtype hands forward() a rounded offset. A gathered float32 copy stands in for it.
@@ -56,8 +58,32 @@ class TauAxis(nn.Module):
         self.unit_steps = not learn and horizon == n  # every step is exactly 1 and stays so
         self._sorted_at: tuple[int, ...] = ()  # version at which the slots were last known to be in the order of tau
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Put the particles where a new layer has them, as tools do for modules that were made on the meta device."""
+        n, horizon = self.anchor.numel(), self.horizon or float(self.anchor.numel())
+        values = _grid(n, horizon, self.anchor.device, self.anchor.dtype)
+        self.place_(torch.rand_like(values).sort().values * horizon if self.random else values)
+        self.unit_steps = self.offset is None and not self.random and horizon == n
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the particles stand on the uniform grid, or nowhere yet (read from the device)."""
+        n = self.anchor.numel()
+        values = self.read()
+        if values.is_meta:
+            return True
+        return bool((values == _grid(n, self.horizon or float(n), values.device, values.dtype)).all())
+
     def positions(self) -> Tensor:
         """Differentiable positions by slot, shape ``(n,)``: ascending once sorted, float32 or float64."""
+        offset = self.offset
+        if offset is None or offset.is_meta:  # called, so that hooks bring in what was offloaded
+            return cast(Tensor, self())
+        return self.anchor + self._exact(offset)
+
+    def forward(self) -> Tensor:
+        """See :meth:`positions`."""
         offset = self.offset
         return self.anchor if offset is None else self.anchor + self._exact(offset)
 
@@ -74,7 +100,9 @@ class TauAxis(nn.Module):
     def read(self) -> Tensor:
         """Detached positions by slot, gathered from all ranks if the offset is sharded."""
         offset = self.offset
-        return self.anchor.detach() if offset is None else self.anchor + whole(offset)
+        if offset is None or offset.is_meta:
+            return self.positions().detach()
+        return self.anchor + whole(offset)
 
     @torch.no_grad()
     def place_(self, values: Tensor) -> None:
@@ -136,11 +164,20 @@ class TauAxis(nn.Module):
                 return t.to(out.device, torch.float32)
             return out
 
-        return cast(TauAxis, cast(Any, super())._apply(keep, recurse))
+        blank = self.anchor.is_meta
+        cast(Any, super())._apply(keep, recurse)
+        if blank and not self.anchor.is_meta:
+            self.reset_parameters()  # to_empty(): what it found there are no positions
+        return self
 
     def extra_repr(self) -> str:
         """Number of particles, and whether they move."""
         return f"{self.anchor.numel()}, learn={self.offset is not None}"
+
+
+def _grid(n: int, horizon: float, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    # arange before the division: at horizon n the grid holds exact integers, so every step is exactly 1.0.
+    return torch.arange(1, n + 1, device=device, dtype=dtype) * (horizon / n)
 
 
 def differences(tau: Tensor) -> Tensor:

@@ -132,13 +132,15 @@ class MeanFieldResNet(nn.Module):
             raise ValueError(f"tau_init must be 'uniform' or 'random', got {tau_init!r}")
 
     def init_weights(self) -> None:
-        """He et al. 2015: normal weights of variance 2 / fan-out for convolutions; norms 1 and 0."""
+        """He et al. 2015: normal weights of variance 2 / fan-out for convolutions; norms 1 and 0; tau as in a new model."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(m, nn.BatchNorm2d):
                 nn.init.ones_(m.weight)
                 nn.init.zeros_(m.bias)
+        for layer in self.mean_field_layers().values():
+            layer.tau_axis.reset_parameters()
 
     def stages(self) -> list[Stage]:
         """The three stages, in order."""

@@ -3,7 +3,7 @@
 ``torch.optim.swa_utils.AveragedModel`` (so Lightning's ``WeightAveraging``) and timm's ``ModelEma*`` average a
 deep copy slot by slot. A deep copy that such a class registers as its submodule is recognised here, and from then on
 moves with its source; any other deep copy is a model of its own and is never touched. Averages of other make are
-named once with :func:`follow`.
+named once with :func:`follow`; :mod:`.unmoved` asks for those that were forgotten.
 
 Lightning makes its copy before it asks for an optimizer, hence before a ``BirthDeathOptimizer`` can have told that the
 model holds populations. What the averaging class was given to copy is therefore remembered until they become known.
@@ -15,14 +15,16 @@ import gc
 import inspect
 import warnings
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 
 from torch_meanfield.particles.events import Motion, subscribe
-from torch_meanfield.particles.population import Slice, named_tensors
+from torch_meanfield.particles.kept_tensors import KeptTensors
+from torch_meanfield.particles.population import Column, Population, Slice, named_tensors
 from torch_meanfield.particles.slices import write_rows_
 from torch_meanfield.particles.transport import transport_
 
@@ -33,6 +35,7 @@ class Lineage:
     Attributes:
         module: the module itself (weakly), once bound.
         origin: the lineage it was deep-copied from (weakly), if any.
+        copies: lineages of its deep copies.
         followers: lineages of averaged copies that move with this module.
         following: this module is an averaged copy.
         averaged: it is one or has one: places may then hold averages whose tau is not ascending.
@@ -42,6 +45,7 @@ class Lineage:
     def __init__(self) -> None:
         self.module: weakref.ref[nn.Module] | None = None
         self.origin: weakref.ref[Lineage] | None = None
+        self.copies: weakref.WeakSet[Lineage] = weakref.WeakSet()
         self.followers: weakref.WeakSet[Lineage] = weakref.WeakSet()
         self.following = False
         self.averaged = False
@@ -50,6 +54,7 @@ class Lineage:
     def __deepcopy__(self, memo: dict[int, Any]) -> Lineage:
         twin = Lineage()
         twin.origin = weakref.ref(self)
+        self.copies.add(twin)
         twin.name = self.name
         return twin
 
@@ -71,26 +76,40 @@ def lineage_of(module: nn.Module) -> Lineage:
     return lineage
 
 
-def follow(copy: nn.Module, model: nn.Module) -> int:
-    """Make ``copy``, an averaged copy of ``model`` kept by code this library does not know, move with ``model``.
+def follow(copy: nn.Module | Sequence[Tensor] | Mapping[Any, Tensor], model: nn.Module) -> int:
+    """Make ``copy``, an average of ``model`` kept by code this library does not know, move with ``model``.
 
-    Not needed for ``AveragedModel``, Lightning's ``WeightAveraging`` and timm's ``ModelEmaV2``/``V3``, which are
-    recognised by themselves when they are made from the model itself; where that cannot be told, a warning asks for it.
+    Not needed for ``AveragedModel``, Lightning's ``WeightAveraging`` and ``StochasticWeightAveraging`` and timm's
+    ``ModelEmaV2``/``V3``, which are recognised by themselves when they are made from the model itself; where that
+    cannot be told, a warning asks for it.
 
     Args:
-        copy: the averaged model, of the same structure as ``model``.
+        copy: the averaged model, of the same structure as ``model``; or its tensors, a list or dict in the order of
+            ``model.parameters()`` (all of them, or those that are trained), or a dict by their names. A list that is an
+            attribute of an object (``ema.shadow_params``) is looked up there again, in case the object replaces it.
         model: the model that is trained.
 
     Returns:
-        how many modules were paired: ``model`` itself, and every module inside it that holds a population already.
+        how many modules were paired: ``model`` itself, and every module inside it that holds a population already; or
+        how many tensors.
 
     Raises:
-        TypeError: ``copy`` or ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``copy`` is neither a module nor tensors.
         ValueError: ``copy`` is ``model``, or lacks one of its tensors or of its modules that hold a population.
     """
-    for argument, module in (("copy", copy), ("model", model)):
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"follow: {argument} must be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"follow: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(copy, (Sequence, Mapping)) and not isinstance(copy, str):
+        kept = KeptTensors(copy, model)
+        _kept.setdefault(model, []).append(kept)
+        for module in model.modules():
+            if "_lineage" in module.__dict__:
+                lineage_of(module).averaged = True
+        return len(kept.keys)
+    if not isinstance(copy, nn.Module):
+        raise TypeError(
+            f"follow: copy must be a torch.nn.Module, or a list or dict of tensors, got {type(copy).__name__}"
+        )
     if copy is model:
         raise ValueError("follow: copy is model itself; pass the averaged copy, such as AveragedModel's .module")
     shapes = {name: t.shape for name, t in named_tensors(copy).items()}
@@ -161,6 +180,14 @@ def _related(copy: nn.Module, owner: nn.Module) -> bool | None:
     return None
 
 
+_kept: weakref.WeakKeyDictionary[nn.Module, list[KeptTensors]] = weakref.WeakKeyDictionary()
+
+
+def is_followed(kept: Any) -> bool:
+    """Whether ``kept``, a list or dict of tensors, moves with a model."""
+    return any(each.tensors() is kept for all_of_one in _kept.values() for each in all_of_one)
+
+
 def trained_by_itself(module: Any) -> None:
     """An optimizer has stepped on ``module``: it is no longer an average of another."""
     lineage_of(module).following = False
@@ -202,14 +229,18 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
     if own is not None:
         own.name = name
     if _is_averager(module):
-        source = _given(module, submodule)
-        if source is not None or submodule not in _copied_from:
-            _copied_from[submodule] = None if source is None else weakref.ref(source)
-        for m in submodule.modules():
-            lineage: Lineage | None = m.__dict__.get("_lineage")
-            origin = lineage.origin() if lineage is not None and lineage.origin is not None else None
-            if origin is not None:
-                _pair(lineage_of(m), origin)
+        recognise(submodule, _given(module, submodule))
+
+
+def recognise(copy: nn.Module, source: nn.Module | None = None) -> None:
+    """``copy`` is an average: let it move with what it was copied from, which is ``source`` if that is known."""
+    if source is not None or copy not in _copied_from:
+        _copied_from[copy] = None if source is None else weakref.ref(source)
+    for m in copy.modules():
+        lineage: Lineage | None = m.__dict__.get("_lineage")
+        origin = lineage.origin() if lineage is not None and lineage.origin is not None else None
+        if origin is not None:
+            _pair(lineage_of(m), origin)
 
 
 def _on_motion(motion: Motion) -> None:
@@ -219,17 +250,26 @@ def _on_motion(motion: Motion) -> None:
     lineage: Lineage | None = owner.__dict__.get("_lineage")
     for follower in list(lineage.followers) if lineage is not None else []:
         copy = follower.module() if follower.module is not None else None
-        if copy is None or not follower.following:
-            continue
-        twin = motion.population.within(copy)
-        if motion.born is None:
-            transport_(twin, motion.index, cause="follow", state=False)
-            continue
-        for i, value in motion.values.items():
-            column = twin.columns[i]
-            assert isinstance(column, Slice)
-            device = column.tensor.device
-            write_rows_(column, motion.born.to(device), value.to(device))
+        if copy is not None and follower.following:
+            twin = motion.population.within(copy)
+            _carry(motion, dict(enumerate(twin.columns)), twin)
+    for model, averages in list(_kept.items()):
+        for each in averages:
+            columns = each.columns(motion.population, model)
+            if columns:
+                _carry(motion, columns, Population(list(columns.values()), name=motion.population.name))
+
+
+def _carry(motion: Motion, columns: Mapping[int, Column], twin: Population) -> None:
+    """What ``motion`` did to its population, done to ``twin``, whose columns have the numbers of its own."""
+    if motion.born is None:
+        transport_(twin, motion.index, cause="follow", state=False)
+        return
+    for i in motion.values.keys() & columns.keys():
+        column = columns[i]
+        assert isinstance(column, Slice)
+        device = column.tensor.device
+        write_rows_(column, motion.born.to(device), motion.values[i].to(device))
 
 
 register_module_module_registration_hook(_on_registration)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_meanfield.particles.copying import is_sharded, pieces, whole, write_
+from torch_meanfield.particles.copying import is_sharded, pieces, same_memory, whole, write_
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,29 +126,29 @@ class Stack(Column):
             p, (grad, requires_grad) = self.tensors[i], old[j]
             if p.requires_grad != requires_grad:
                 p.requires_grad_(requires_grad)
-            if grad is None or p.grad is None:
-                p.grad = None if grad is None else grad.clone()
-            else:
+            if grad is not None and p.grad is not None and grad.layout == p.grad.layout == torch.strided:
                 p.grad.detach().copy_(grad)
+            else:  # a sparse gradient cannot be written through a detached one
+                p.grad = None if grad is None else grad.clone()
 
     def move_state_(self, optimizer: Optimizer, route: Route) -> None:
         """See :meth:`Column.move_state_`."""
         old = {
-            j: {k: v.clone() if isinstance(v, Tensor) else v for k, v in optimizer.state[self.tensors[j]].items()}
+            j: {k: v.clone() if isinstance(v, Tensor) else v for k, v in _kept(optimizer, self.tensors[j]).items()}
             for _, j in route.moved
-            if self.tensors[j] in optimizer.state
         }
         for i, j in route.moved:
-            p, new = self.tensors[i], old.get(j)
+            p, new = self.tensors[i], old[j]
             if not new:  # lazy optimizers initialise on an absent or empty state: leave none behind
                 optimizer.state.pop(p, None)
                 continue
-            state = optimizer.state[p]
-            for key in [k for k in state if k not in new]:
+            state, kept = optimizer.state[p], _kept(optimizer, p)
+            for key in kept.keys() - new.keys():
                 del state[key]
             for key, value in new.items():
-                here = state.get(key)
-                if isinstance(value, Tensor) and isinstance(here, Tensor) and here.shape == value.shape:
+                here = kept.get(key)
+                alike = isinstance(value, Tensor) and isinstance(here, Tensor) and here.shape == value.shape
+                if alike and value.layout == here.layout == torch.strided:
                     here.copy_(value)  # in place: captured graphs and sharded optimizers hold on to the storage
                 else:
                     state[key] = value.clone() if isinstance(value, Tensor) else value
@@ -207,8 +208,8 @@ class Slice(Column):
 
     def states(self, optimizer: Optimizer) -> list[Slice]:
         """What ``optimizer`` keeps for every entry of the tensor, laid out as this is."""
-        state = optimizer.state[self.tensor] if self.tensor in optimizer.state else {}
-        return [self.on(v) for v in state.values() if isinstance(v, Tensor) and v.shape == self.tensor.shape]
+        kept = _kept(optimizer, self.tensor).values()
+        return [self.on(v) for v in kept if isinstance(v, Tensor) and v.shape == self.tensor.shape]
 
     def move_(self, route: Route) -> None:
         """See :meth:`Column.move_`."""
@@ -226,10 +227,29 @@ class Slice(Column):
 
     def move_gradients_(self, route: Route) -> None:
         """See :meth:`Column.move_gradients_`."""
-        if self.tensor.grad is not None:
-            self.on(self.tensor.grad).move_(route)
+        self.change_gradient_(lambda grad: grad.move_(route))
+
+    def change_gradient_(self, change: Callable[[Slice], None]) -> None:
+        """Let ``change`` write to the gradient, if there is one, laid out like the tensor; a sparse one stays sparse."""
+        grad = self.tensor.grad
+        if grad is None or grad.layout == torch.strided:
+            if grad is not None:
+                change(self.on(grad))
+            return
+        dense = grad.to_dense()
+        change(self.on(dense))
+        self.tensor.grad = dense.to_sparse(layout=grad.layout)
 
     def move_state_(self, optimizer: Optimizer, route: Route) -> None:
         """See :meth:`Column.move_state_`."""
         for kept in self.states(optimizer):
             kept.move_(route)
+
+
+def _kept(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """What ``optimizer`` keeps for ``parameter``, but for what lies in the parameter's own memory and moves with it.
+
+    Sharpness-aware optimizers put a tensor of their state in the parameter's place (``p.data = state["old_p"]``).
+    """
+    state = optimizer.state[parameter] if parameter in optimizer.state else {}
+    return {k: v for k, v in state.items() if not (isinstance(v, Tensor) and same_memory(v, parameter))}

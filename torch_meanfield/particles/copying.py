@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 PIECE = 2**20  # bytes
 
@@ -15,6 +16,12 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a ``DTensor``. Does not import ``torch.distributed`` where nothing else has."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a`` begins where ``b`` does, so that writing one writes the other; asked of plain tensors only."""
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided for t in (a, b))
+    return plain and a.device == b.device and a.data_ptr() == b.data_ptr() != 0
 
 
 def whole(tensor: Tensor) -> Tensor:

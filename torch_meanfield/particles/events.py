@@ -33,7 +33,7 @@ class Motion:
     values: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-_subscribers: OrderedDict[int, Callable[[Motion], None]] = OrderedDict()
+_subscribers: OrderedDict[int, tuple[Callable[[Motion], None], nn.Module | None]] = OrderedDict()
 
 
 def subscribe(callback: Callable[[Motion], None], model: nn.Module | None = None) -> RemovableHandle:
@@ -54,16 +54,18 @@ def subscribe(callback: Callable[[Motion], None], model: nn.Module | None = None
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"subscribe: model must be a torch.nn.Module or None, got {type(model).__name__}")
 
-    def of_model(motion: Motion) -> None:
-        if model is None or any(m is motion.population.owner for m in model.modules()):
-            callback(motion)
-
     handle = RemovableHandle(_subscribers)
-    _subscribers[handle.id] = of_model
+    _subscribers[handle.id] = (callback, model)
     return handle
+
+
+def is_told(thing: object) -> bool:
+    """Whether a method of ``thing`` is a subscriber: it knows of motions, whatever it keeps."""
+    return any(getattr(callback, "__self__", None) is thing for callback, _ in list(_subscribers.values()))
 
 
 def publish(motion: Motion) -> None:
     """Hand ``motion`` to every subscriber."""
-    for callback in list(_subscribers.values()):
-        callback(motion)
+    for callback, model in list(_subscribers.values()):
+        if model is None or any(m is motion.population.owner for m in model.modules()):
+            callback(motion)

@@ -46,8 +46,7 @@ def begin_anew_(
     Raises:
         TypeError: an optimizer begins in a way that cannot be told for a part of a parameter.
     """
-    if column.tensor.grad is not None:
-        write_rows_(column.on(column.tensor.grad), places, 0.0)
+    column.change_gradient_(lambda grad: write_rows_(grad, places, 0.0))
     for optimizer in optimizers:
         state = optimizer.state[column.tensor] if column.tensor in optimizer.state else {}
         kept = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == column.tensor.shape}

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -21,7 +22,8 @@ _lock = threading.Lock()
 _trial = threading.local()
 
 
-def _remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def remember(optimizer: Optimizer, *_: Any) -> None:
+    """Let the state of ``optimizer`` move with particles from now on."""
     if getattr(_trial, "on", False):
         return
     with _lock:
@@ -38,7 +40,7 @@ def unremembered() -> Iterator[None]:
         _trial.on = False
 
 
-register_optimizer_step_post_hook(_remember)
+register_optimizer_step_post_hook(remember)
 
 
 def known_optimizers(also: Iterable[Optimizer] = ()) -> list[Optimizer]:
@@ -74,12 +76,16 @@ def check_state(optimizer: Optimizer, column: Column, name: str) -> None:
             if value is None or isinstance(value, (bool, int, float)):
                 continue
             if isinstance(value, Tensor):
-                if value.shape == p.shape or value.numel() == 1:
+                movable = column.owns_whole or value.layout == torch.strided
+                if (value.shape == p.shape and movable) or value.numel() == 1:
                     continue
                 alike = all(isinstance(s.get(key), Tensor) and s[key].shape == value.shape for _, s in states)
                 if column.owns_whole and len(states) == column.size and alike:
                     continue
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            what = f"type {type(value).__name__}"
+            if isinstance(value, Tensor):
+                layout = "" if value.layout == torch.strided else f", {value.layout}"
+                what = f"shape {tuple(value.shape)}{layout}"
             raise TypeError(
                 f"{name}: {type(optimizer).__name__} keeps {key!r} ({what}) for a parameter of shape "
                 f"{tuple(p.shape)}, which cannot be divided among the particles; use an optimizer whose state has the "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_meanfield.particles.columns import Column as Column
 from torch_meanfield.particles.columns import Slice as Slice
 from torch_meanfield.particles.columns import Stack as Stack
+from torch_meanfield.particles.traits import Traits
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,7 @@ class Population:
             particle (:class:`Slice`).
         owner: the module whose function the exchange leaves unchanged; averaged copies are matched to it.
         name: shown in errors, warnings and logs.
+        traits: what their modules hold beside tensors, where a particle is made of modules.
 
     Raises:
         ValueError: no column, columns that disagree about the number of particles, or a tensor held twice.
@@ -32,11 +34,19 @@ class Population:
     columns: tuple[Column, ...]
     owner: nn.Module | None = None
     name: str = "population"
+    traits: Traits | None = None
 
-    def __init__(self, columns: Sequence[Column], owner: nn.Module | None = None, name: str = "population") -> None:
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        owner: nn.Module | None = None,
+        name: str = "population",
+        traits: Traits | None = None,
+    ) -> None:
         object.__setattr__(self, "columns", tuple(columns))
         object.__setattr__(self, "owner", owner)
         object.__setattr__(self, "name", name)
+        object.__setattr__(self, "traits", traits)
         if not self.columns:
             raise ValueError(f"{name}: columns is empty; a particle must own at least one tensor")
         seen: set[tuple[int, int]] = set()

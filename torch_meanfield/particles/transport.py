@@ -49,8 +49,8 @@ def transport_(
     """Put what particle ``index[i]`` owned into place i, for every i, in place.
 
     A permutation of the index re-sorts the population (Lu et al. 2020, Algorithm 1); an index with repetitions is
-    birth and death (Rotskoff et al. 2019). Parameters, buffers, gradients, ``requires_grad`` and optimizer state move
-    together. No ``Parameter`` is replaced, and none changes its storage or strides: values are copied.
+    birth and death (Rotskoff et al. 2019). Parameters, buffers, gradients, ``requires_grad``, optimizer state and the
+    :class:`.Traits` of modules move together. No ``Parameter`` is replaced, and none changes its storage or strides: values are copied.
 
     Args:
         population: the particles.
@@ -76,7 +76,8 @@ def transport_(
         return None
     _check_memory(population)
     # Whole tensors are moved one by one, so their sources must be known on the host; slices stay on their device.
-    sources = index.tolist() if any(c.owns_whole for c in population.columns) else []
+    on_host = population.traits is not None or any(c.owns_whole for c in population.columns)
+    sources = index.tolist() if on_host else []
     route = Route(index, places, sources)
     known = check_transportable(population, sources, optimizers) if state else []
     for column in population.columns:
@@ -85,6 +86,10 @@ def transport_(
                 column.move_state_(optimizer, route)
             column.move_gradients_(route)
         column.move_(route)
+    if population.traits is not None:
+        if state:
+            population.traits.move_modes_(sources)
+        population.traits.move_(sources)
     motion = Motion(population, index, cause)
     publish(motion)
     return motion

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from torch_meanfield.particles import Slice
 from torch_meanfield.particles.copying import is_sharded
 from torch_meanfield.particles.neurons import Neurons, neurons_from
+from torch_meanfield.particles.population import tensors_of
 from torch_meanfield.particles.resampled import Resampled
+from torch_meanfield.particles.unmoved import Asked
 from torch_meanfield.width.search.reparametrised import Reparametrised
 from torch_meanfield.width.turnover.blocks import Blocks
 
@@ -136,6 +138,15 @@ def _is_computed(tensor: Tensor, optimizer: Optimizer) -> bool:
     parameters = (p for group in optimizer.param_groups for p in group["params"] if not is_sharded(p))
     shared = (p for p in parameters if p.layout == torch.strided and p.device == tensor.device)
     return any(place != 0 and p.untyped_storage().data_ptr() == place for p in shared)
+
+
+def asked(populations: Sequence[Neurons | Blocks], model: nn.Module | None) -> list[Asked]:
+    """The neurons, as :func:`.unmoved.ask` wants them; blocks are asked for by their layer."""
+    neurons = [p for p in populations if isinstance(p, Neurons)]
+    owned = {id(t): t for t in tensors_of(c for p in neurons for c in p.columns)}
+    order = owned.values() if model is None else [p for p in model.parameters() if id(p) in owned]
+    owners = list({id(p.owner): p.owner for p in neurons}.values())
+    return [Asked(f"{len(neurons)} populations of units", owner, list(order)) for owner in owners]
 
 
 def check_disjoint(populations: Sequence[Neurons | Blocks]) -> None:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torch_meanfield.particles.copying import is_sharded
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.width.optimizer.declared import check_disjoint, check_owned, foreign
+from torch_meanfield.width.optimizer.first_batches import FirstBatches
 from torch_meanfield.width.search.find import find_populations
 from torch_meanfield.width.search.reparametrised import Reparametrised
 from torch_meanfield.width.turnover.blocks import Blocks, blocks_of
@@ -71,7 +72,7 @@ def discovered(model: nn.Module, example_input: Any, optimizer: Optimizer) -> li
 
 
 class Glimpse:
-    """Keeps one example of what ``model`` is called with, from its next call.
+    """Keeps one example of what ``model`` is called with, from its next call, and counts the samples until it is taken.
 
     Args:
         model: the module that will be called.
@@ -80,12 +81,18 @@ class Glimpse:
     def __init__(self, model: nn.Module) -> None:
         self.name = type(model).__name__
         self.example: tuple[Any, ...] | None = None
+        self.batches = FirstBatches(model)
         self._handle: RemovableHandle | None = model.register_forward_pre_hook(_Peek(self))
 
     def see(self, args: tuple[Any, ...]) -> None:
         """Remember a copy: the caller may reuse the memory."""
+        self.batches.see(args)
         if self.example is None and args:
             self.example = tuple(a.detach()[:2].clone() if isinstance(a, Tensor) and a.ndim else a for a in args)
+
+    def forget_step(self) -> None:
+        """The gradients of the present step are thrown away."""
+        self.batches.forget()
 
     def take(self) -> Any:
         """The example, and no hook any more.
@@ -101,6 +108,7 @@ class Glimpse:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        self.batches.stop()
         return self.example[0] if len(self.example) == 1 else self.example
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_meanfield._torch import init_optimizer_hooks, mark_hooked, optimizer_hooks, patch_step, steps_under_amp
+from torch_meanfield.observe import map_tensors
 from torch_meanfield.particles.optimizer_state import check_undivided
 from torch_meanfield.width.optimizer.wrapped_state import check_wrapped
 
@@ -83,8 +85,10 @@ class SharingOptimizer(Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         check_undivided(optimizer)
         self.optimizer = optimizer
-        # Not Optimizer.__init__, which would make groups and state of its own; what else it makes is made here.
-        init_optimizer_hooks(self)
+        # Not Optimizer.__init__, which would make groups and state of its own; what else it makes is made here, also
+        # for other wrappers that left it out, whose state_dict() torch could not make otherwise.
+        for each in (self, *optimizers_inside(optimizer)):
+            init_optimizer_hooks(each)
         patch_step(self)
 
     @property
@@ -124,7 +128,9 @@ class SharingOptimizer(Optimizer):
         """
         for pre in list(optimizer_hooks(self, "state_dict_pre").values()):
             pre(self)
-        out = {**self.optimizer.state_dict(), **self._own_state()}
+        theirs = self.optimizer.state_dict()
+        _warn_of_unsaved(self.optimizer, theirs)
+        out = {**theirs, **self._own_state()}
         for post in list(optimizer_hooks(self, "state_dict_post").values()):
             result = post(self, out)
             out = out if result is None else result
@@ -150,21 +156,81 @@ class SharingOptimizer(Optimizer):
             post(self)
 
     def _load_wrapped(self, state_dict: dict[str, Any]) -> None:
-        """Load the wrapped optimizer; ``param_groups``, its dicts and ``state`` stay the objects they were.
+        """Load the wrapped optimizer; groups and states of it and of those inside it stay the objects they were.
 
-        torch makes new ones, and whoever held the old ones would drive nothing.
+        torch makes new ones, and whoever held the old ones, an optimizer inside or a scheduler, would drive nothing.
         """
-        groups, state = self.optimizer.param_groups, self.optimizer.state
+        nest = optimizers_inside(self.optimizer)
+        before = [(o, o.param_groups, o.state) for o in nest]
         self.optimizer.load_state_dict(state_dict)
-        loaded, values = self.optimizer.param_groups, self.optimizer.state
-        if loaded is not groups:
-            for old, new in zip(groups, loaded, strict=True):
-                if old is not new:
-                    old.clear()
-                    old.update(new)
-            self.optimizer.param_groups = groups
-        if values is not state:
-            fresh: dict[Tensor, Any] = dict(values)
-            state.clear()
-            state.update(fresh)
-            self.optimizer.state = state
+        replaced: dict[int, Any] = {}  # what lies in the place of a new object: the old one, with its contents
+        for optimizer, groups, state in reversed(before):
+            loaded, values = optimizer.param_groups, optimizer.state
+            if loaded is not groups and id(loaded) not in replaced:
+                for old, new in zip(groups, loaded, strict=True):
+                    _refill(old, new)
+                replaced[id(loaded)] = groups
+            if values is not state and id(values) not in replaced:
+                _refill(state, values)
+                replaced[id(values)] = state
+        for optimizer in nest:
+            held = vars(optimizer)
+            held.update({name: replaced[id(value)] for name, value in held.items() if id(value) in replaced})
+        _check_shared(before)
+
+
+def _warn_of_unsaved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Say which optimizer inside ``optimizer`` keeps a state that is not in what ``optimizer`` saves, as in SAM."""
+    inside = optimizers_inside(optimizer)[1:]
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    if inside:
+        map_tensors(keep, saved)
+    ids = {id(tensor) for tensor in kept}
+    for each in inside:
+        tensors = [v for state in each.state.values() for v in state.values() if isinstance(v, Tensor)]
+        if tensors and not any(id(t) in ids for t in tensors):
+            warnings.warn(
+                f"state_dict: {type(optimizer).__name__} does not save the state of the {type(each).__name__} inside it, "
+                f"so that loading cannot restore it; save and load that one's state_dict() beside",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _refill(old: Any, new: Any) -> None:
+    """Make ``old``, a dict, hold what ``new`` holds."""
+    if old is not new:
+        contents = dict(new)
+        old.clear()
+        old.update(contents)
+
+
+def _check_shared(before: list[tuple[Optimizer, Any, Any]]) -> None:
+    """Raise if an optimizer has other groups or another state than before, so that settings would not reach it."""
+    for optimizer, groups, state in before:
+        if optimizer.param_groups is not groups or optimizer.state is not state:
+            raise RuntimeError(
+                f"load_state_dict: {type(optimizer).__name__} keeps its loaded groups or state where they cannot be put "
+                f"back into those that others share, so that a learning rate would not reach it; load the state before "
+                f"it is wrapped"
+            )
+
+
+def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
+    """``optimizer`` and those that it, or one inside it, holds as attributes or in lists or dicts; each once."""
+    found: list[Optimizer] = []
+    waiting: list[Any] = [optimizer]
+    while waiting:
+        thing = waiting.pop(0)
+        if isinstance(thing, Optimizer) and not any(thing is o for o in found):
+            found.append(thing)
+            attributes = [v for name, v in vars(thing).items() if name not in ("param_groups", "state")]
+            for value in attributes:
+                waiting += [value, *(value.values() if isinstance(value, dict) else ())]
+                waiting += value if isinstance(value, (list, tuple)) else ()
+    return found

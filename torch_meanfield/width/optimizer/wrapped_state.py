@@ -22,6 +22,14 @@ def check_wrapped(state_dict: Any, optimizer: Optimizer) -> None:
     Raises:
         ValueError: no optimizer's state, or one of another model; the entry is named. Nothing has been loaded then.
     """
+    parts = optimizer.state_dict().keys()
+    if not {"state", "param_groups"} <= parts:  # an optimizer around another may have a form of its own
+        if not parts <= state_dict.keys():
+            raise ValueError(
+                f"state_dict has no {sorted(parts - state_dict.keys())}, which {type(optimizer).__name__} saves; it is "
+                f"of another optimizer"
+            )
+        return
     for name, kind in (("state", dict), ("param_groups", list)):
         if not isinstance(state_dict.get(name), kind):
             raise ValueError(
@@ -67,9 +75,12 @@ def _check_group(group: Any, own: dict[str, Any], defaults: dict[str, Any], wher
         raise ValueError(f"{where}['params'] must name each parameter once, got {_short(ids)}")
     for name in defaults.keys() & own.keys():  # not what schedulers have added
         value = own[name]
-        if _is_number(value) and not _is_number(group.get(name)):
+        unset = defaults[name] is None and group.get(name) is None
+        if _is_number(value) and not _is_number(group.get(name)) and not unset:
             raise ValueError(f"{where}[{name!r}] must be a finite number, got {_short(group.get(name))}")
         given = group.get(name)
+        if defaults[name] is None and _is_number(given):
+            continue  # a step may have put a number where there was none: Adafactor's own learning rate
         if (value is None or isinstance(value, bool)) and not (given is None or isinstance(given, bool)):
             raise ValueError(f"{where}[{name!r}] must be True, False or None, got {_short(given)}")
         if isinstance(value, tuple) and all(map(_is_number, value)):

@@ -15,11 +15,12 @@ from torch_meanfield._torch import init_optimizer_hooks, patch_step
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.particles.no_compile import eagerly
 from torch_meanfield.particles.population import Slice
+from torch_meanfield.particles.unmoved import ask
 from torch_meanfield.width.births.reinject import Initializer
 from torch_meanfield.width.births.rule import BirthRule
 from torch_meanfield.width.draws import Draws
 from torch_meanfield.width.optimizer import checkpoint
-from torch_meanfield.width.optimizer.declared import declared
+from torch_meanfield.width.optimizer.declared import asked, declared
 from torch_meanfield.width.optimizer.discovery import Glimpse, discovered
 from torch_meanfield.width.optimizer.settings import Births, Scheme, Settings
 from torch_meanfield.width.optimizer.sharing import SharingOptimizer, with_own_hooks
@@ -98,9 +99,8 @@ class BirthDeathOptimizer(SharingOptimizer):
             for newborn units, other state as it began for the layer; ``None``: 0.003 under ``plastic``, else 0.01.
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
             place, newborn units along the column's dimension; ``None``: see :func:`.initialisers_of`.
-        example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Give it if runs
-            are resumed: from a checkpoint made while the landscape before an event was being recorded (the last 40
-            steps), only a wrapper that knows its populations from the start resumes bit for bit.
+        example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Without it a run
+            whose checkpoint was made in the 40 steps before an event, while the landscape is recorded, resumes inexactly.
         seed: of the generator, which must be alike on all data-parallel ranks.
 
     Attributes:
@@ -186,7 +186,7 @@ class BirthDeathOptimizer(SharingOptimizer):
     @property
     def populations(self) -> list[Neurons | Blocks]:
         """The populations that are acted on; empty until the first step if they are found from the first input."""
-        return [] if self._dynamics is None else [each.population for each in self._dynamics.tracked]
+        return [each.population for each in self._dynamics.tracked] if self._dynamics else []
 
     def potentials(self) -> dict[str, Tensor]:
         """The averaged potential of every unit, by name of its population; shape ``(n,)``, 0 where nothing was seen."""
@@ -206,7 +206,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         size = self._dynamics.events.batch_size
         return {each.name: read(each.evidence(size)) for each in self._dynamics.tracked}
 
-    def _settle(self, populations: list[Neurons | Blocks]) -> None:
+    def _settle(self, populations: list[Neurons | Blocks]) -> Dynamics:
         settings = self.settings
         events = Events(*self._rules, settings.reinject, self._draws, settings.moment_share, settings)
         dynamics = Dynamics(
@@ -223,6 +223,7 @@ class BirthDeathOptimizer(SharingOptimizer):
             self._pending = None
         self._dynamics = dynamics
         dynamics.watch(self.clock)
+        return dynamics
 
     # -- stepping ----------------------------------------------------------------------------------------------
 
@@ -268,17 +269,17 @@ class BirthDeathOptimizer(SharingOptimizer):
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf.any()):
             return False
-        if self._dynamics is not None:
-            self._dynamics.forget_step()
+        self._forget_step()
         return True
 
     @eagerly
     def _read(self) -> bool:
         """Take in this step's potentials; whether there was a step to see."""
         if self._glimpse is not None:
-            example, self._glimpse = self._glimpse.take(), None
+            example, batches, self._glimpse = self._glimpse.take(), self._glimpse.batches, None
             assert self._model is not None
-            self._settle(discovered(self._model, example, self.optimizer))
+            dynamics = self._settle(discovered(self._model, example, self.optimizer))
+            batches.hand_over(dynamics.batch, self._model, example)
         # Checkpointing makes optimizers initialise by a step with learning rate 0: no time passes in it.
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
         if all(not isinstance(lr, Tensor) and lr == 0 for lr in rates) or self._dynamics is None:
@@ -293,6 +294,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         dynamics = self._dynamics
         assert dynamics is not None
         if not self._checked:
+            ask(self.optimizer, asked(self.populations, self._model))
             dynamics.check_state(self.optimizer)
             self._checked = True
         self.clock += 1
@@ -303,9 +305,12 @@ class BirthDeathOptimizer(SharingOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See :meth:`torch.optim.Optimizer.zero_grad`."""
-        if self._dynamics is not None:
-            self._dynamics.forget_step()
+        self._forget_step()
         super().zero_grad(set_to_none)
+
+    def _forget_step(self) -> None:
+        if watching := self._dynamics or self._glimpse:
+            watching.forget_step()
 
     def register_event_hook(self, callback: Callable[[Event], None]) -> RemovableHandle:
         """Call ``callback(event)`` after each event that changed something; see :class:`Event`.

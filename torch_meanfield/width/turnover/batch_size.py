@@ -57,6 +57,10 @@ class BatchCounter:
         self._taken += self._behind + self._ahead
         self._behind = self._ahead = 0
 
+    def missed(self, samples: int) -> None:
+        """Count samples of this step that passed before the hook was there."""
+        self._behind += samples
+
     def forget(self) -> None:
         """It is not: drop the samples whose gradients are thrown away."""
         self._behind = 0
