@@ -25,6 +25,7 @@ def convert(
     horizon: float | None = None,
     include: Patterns = "*",
     exclude: Patterns = (),
+    ignore: Patterns = (),
     foldable: bool = True,
 ) -> Model:
     r"""Give the residual blocks of ``model`` learnable times, in place.
@@ -51,6 +52,9 @@ def convert(
         include: shell pattern (``fnmatch``), or several, of the qualified names of blocks or of modules that hold them:
             ``"layer3"``, ``"blocks.*"``.
         exclude: likewise, of blocks that stay as they are.
+        ignore: names of attributes, or patterns, that may differ between blocks that change places, such as
+            ``"layer_idx"``. They stay at the place. Integers that count the blocks need not be named: they are
+            tried with numbers.
         foldable: ``False`` also converts branches that no parameter scales (an activation other than ReLU stands
             behind the last affine layer): the output of the branch's last module is multiplied at run time, and
             :func:`torch_meanfield.fold` refuses.
@@ -77,10 +81,14 @@ def convert(
     _check_unconverted(model)
     check_horizon(horizon, 1)
     example = example_for(model, example_input, "convert")
-    plan = plan_conversion(model, example, include=include, exclude=exclude, foldable=foldable)
+    plan = plan_conversion(model, example, include=include, exclude=exclude, ignore=ignore, foldable=foldable)
     if not plan.stages:
         reasons = "".join(f"\n  {f}" for f in plan.fixed) or "\n  no module adds a branch to its own input"
-        raise ValueError(f"convert: {type(model).__name__} has no residual blocks that can change places:{reasons}")
+        hint = "\n  (foldable=False also converts branches that no parameter scales)" if foldable else ""
+        hint = hint if any(not f.foldable for f in plan.fixed) else ""
+        raise ValueError(
+            f"convert: {type(model).__name__} has no residual blocks that can change places:{reasons}{hint}"
+        )
     _carry_out(model, plan, horizon, example)
     return model
 
@@ -110,7 +118,7 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
     reports = []
     try:
         for p in plan.stages:
-            blocks = [[modules[b.name] for b in particle] for particle in p.particles]
+            blocks = [[modules[part] for b in particle for part in b.parts] for particle in p.particles]
             stage = ConvertedStage(blocks, check_horizon(horizon, len(blocks)))
             stage.train(model.training)
             host = modules[p.host]
@@ -139,7 +147,7 @@ def _report(plan: StagePlan, name: str) -> StageReport:
     blocks = [b for particle in plan.particles for b in particle]
     return StageReport(
         name=name,
-        particles=tuple(tuple(b.name for b in particle) for particle in plan.particles),
+        particles=tuple(tuple(part for b in particle for part in b.parts) for particle in plan.particles),
         branches=sum(len(b.branches) for b in plan.particles[0]),
         parameters=tuple((f"{b.name}.{s.path}", s.power) for b in blocks for s in b.scaled if s.name),
         foldable=all(b.foldable for b in blocks),

@@ -7,8 +7,9 @@ whole branches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_meanfield.convert.blocks import Block
+from torch_meanfield.convert.description import attributes_of
 from torch_meanfield.convert.residual import nested_additions
 from torch_meanfield.convert.sites import Site, attached
 from torch_meanfield.convert.trace import trace
-from torch_meanfield.observe import map_tensors, run, tensors_in, undisturbed
+from torch_meanfield.observe import run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, randomise_
 from torch_meanfield.particles.population import named_tensors
 
@@ -38,7 +40,7 @@ class BlockInputs:
         for name in names:
 
             def keep(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                self.by_name[name] = (map_tensors(_cloned, args), map_tensors(_cloned, kwargs))
+                self.by_name[name] = anew(_cloned, (args, kwargs))
 
             handles.append(modules[name].register_forward_pre_hook(keep, with_kwargs=True))
         try:
@@ -55,14 +57,18 @@ class Trial:
 
     Args:
         block: what is known of the block.
-        module: its module, which is left as it is.
+        part: the name of one of its modules.
+        module: that module, which is left as it is.
         inputs: the positional and the keyword arguments of its call.
     """
 
-    def __init__(self, block: Block, module: nn.Module, inputs: tuple[Any, Any]) -> None:
+    def __init__(self, block: Block, part: str, module: nn.Module, inputs: tuple[Any, Any]) -> None:
         self.block = block
         self.module = deepcopy(module).double().eval()
-        self.args, self.kwargs = map_tensors(_doubled, inputs[0]), map_tensors(_doubled, inputs[1])
+        self.args, self.kwargs = anew(_doubled, inputs)
+        if block.output is not None and part == block.name:
+            self.module = _Added(self.module, block.output)
+            self.args = (tensors_in(inputs)[0].new_zeros((), dtype=torch.float64), *self.args)
         for scale in (1.0, 0.3, 0.1):
             randomise_(self.module, Draws(0), scale)
             self.output = self.run(self.module)
@@ -70,12 +76,18 @@ class Trial:
                 break
         self.magnitude = max(float(self.output.abs().max()), 1e-30) if self.output.numel() else math.nan
 
-    def run(self, module: nn.Module | Callable[..., Any], mode: TorchFunctionMode | None = None) -> Tensor:
+    def run(
+        self,
+        module: nn.Module | Callable[..., Any],
+        mode: TorchFunctionMode | None = None,
+        *,
+        training: bool = False,
+    ) -> Tensor:
         """All outputs as one vector."""
         if isinstance(module, nn.Module):
-            module.train().eval()  # clears tables that some blocks cache in eval mode
+            module.train().train(training)  # clears tables that some blocks cache in eval mode
         with undisturbed():
-            args, kwargs = map_tensors(_cloned, self.args), map_tensors(_cloned, self.kwargs)
+            args, kwargs = anew(_cloned, (self.args, self.kwargs))
             if mode is None:
                 out = module(*args, **kwargs)
             else:
@@ -91,18 +103,37 @@ class Trial:
         change = float((one - other).abs().max()) / self.magnitude
         return math.inf if math.isnan(change) else change
 
-    def same_function(self, other: nn.Module) -> str | None:
-        """Whether ``other``, given this block's tensors, computes the same; the reason if it does not."""
+    def same_function(self, other: nn.Module, ignore: Sequence[str] = (), *, training: bool = False) -> str | None:
+        """Whether ``other``, given this block's tensors, computes the same; the reason if it does not.
+
+        Args:
+            ignore: patterns of attributes that are made equal before.
+            training: whether to compare in ``train()`` too, with the same random numbers.
+        """
         theirs = named_tensors(self.module)
-        other.train().eval()
+        other = deepcopy(other) if ignore or training else other
+        if isinstance(self.module, _Added):
+            other = _Added(other, self.module.output)
+        for mine, its in zip(self.module.modules(), other.modules(), strict=True) if ignore else ():
+            own = attributes_of(mine)
+            its.__dict__.update({n: v for n, v in own.items() if any(fnmatchcase(n, pattern) for pattern in ignore)})
+
+        def with_theirs(*args: Any, **kwargs: Any) -> Any:
+            tensors = {name: t.clone() for name, t in theirs.items()} if training else theirs
+            return torch.func.functional_call(other, tensors, args, kwargs)
+
         try:
-            out = self.run(lambda *a, **k: torch.func.functional_call(other, theirs, a, k))
+            for mode in (False, True) if training else (False,):
+                here = self.run(deepcopy(self.module), training=True) if mode else self.output
+                other.train().train(mode)
+                change = self.distance(self.run(with_theirs), here)
+                if not change <= TOLERANCE:
+                    return f"with equal tensors its output differs by {change:.0e}" + " in training" * mode
         except Exception as error:
             return f"with equal tensors it fails ({type(error).__name__}: {error})"
         finally:
             other.train().eval()
-        change = self.distance(out, self.output)
-        return None if change <= TOLERANCE else f"with equal tensors its output differs by {change:.0e}"
+        return None
 
     def scales(self) -> str | None:
         """Whether scaling the parameters is scaling the branches; the reason if it is not."""
@@ -113,11 +144,12 @@ class Trial:
         if len(found) != len(self.block.branches):
             return f"in double precision it shows {len(found)} additions, not {len(self.block.branches)}"
         stages = _Constant()
+        owner = self.module.module if isinstance(self.module, _Added) else self.module
         for value in FACTORS:
             additions = {a.node.index - call.start: a.node.inputs.index(a.branch) for a in found}
             expected = self.run(self.module, _Scaling(additions, value))
             stages.value = self.output.new_tensor(value)
-            with attached(make_sites(self.block, self.module, stages, 0)):
+            with attached(make_sites(self.block, owner, stages, 0)):
                 got = self.run(self.module)
             change = self.distance(got, expected)
             if change > TOLERANCE:
@@ -159,8 +191,21 @@ class _Called(nn.Module):
         self.eval()
 
     def forward(self) -> Any:
-        args, kwargs = self.given
-        return self.module(*map_tensors(_cloned, args), **map_tensors(_cloned, kwargs))
+        args, kwargs = anew(_cloned, self.given)
+        return self.module(*args, **kwargs)
+
+
+class _Added(nn.Module):
+    """A block of a loop: the addition that the loop makes, to a stream of zeros."""
+
+    def __init__(self, module: nn.Module, output: int) -> None:
+        super().__init__()
+        self.module, self.output = module, output
+
+    def forward(self, stream: Tensor, *args: Any, **kwargs: Any) -> Any:
+        outputs = tensors_in(self.module(*args, **kwargs))
+        outputs[self.output] = stream + outputs[self.output]
+        return outputs
 
 
 class _Scaling(TorchFunctionMode):
@@ -184,6 +229,31 @@ class _Scaling(TorchFunctionMode):
                 scaled = stream + self.factor * (result - stream)
                 return result.copy_(scaled) if any(result is t for t in operands) else scaled
         return result
+
+
+def anew(change: Callable[[Tensor], Tensor], given: Any) -> Any:
+    """A deep copy of what a module is given, ``change`` made to each tensor in it: the module may keep state in it.
+
+    Language models write keys and values into a cache that they are handed from block to block.
+    """
+    memo: dict[int, Any] = {}
+    waiting = [given]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in memo or isinstance(thing, (str, bytes, type)):
+            continue
+        memo[id(thing)] = None  # seen
+        if isinstance(thing, Tensor):
+            memo[id(thing)] = change(thing)
+        elif isinstance(thing, nn.Module):
+            memo[id(thing)] = thing
+        elif isinstance(thing, Mapping):
+            waiting += thing.values()
+        elif isinstance(thing, (list, tuple, set)):
+            waiting += thing
+        if not isinstance(thing, (Tensor, nn.Module)):
+            waiting += vars(thing).values() if hasattr(thing, "__dict__") else ()
+    return deepcopy(given, {i: copied for i, copied in memo.items() if copied is not None})
 
 
 def _cloned(t: Tensor) -> Tensor:
