@@ -45,8 +45,9 @@ def convert(
 
     Args:
         model: any module that runs eagerly, whatever its attribute names.
-        example_input: what it is called with: a tensor, a tuple of arguments, or a dict of keywords, at the working
-            resolution. ``None``: a timm model's configured input size.
+        example_input: what it is called with: a tensor, a tuple of arguments, a dict of keywords, or for both
+            ``inspect.signature(model.forward).bind(x, mask=mask)``, at the working resolution. ``None``: a timm
+            model's configured input size.
         horizon: the last time T of each stage; its steps begin at T over its number of particles. ``None``: that
             number, so that every step is exactly 1.
         include: shell pattern (``fnmatch``), or several, of the qualified names of blocks or of modules that hold them:

@@ -21,7 +21,7 @@ from torch_meanfield.convert.description import attributes_of
 from torch_meanfield.convert.residual import nested_additions
 from torch_meanfield.convert.sites import Site, attached
 from torch_meanfield.convert.trace import trace
-from torch_meanfield.observe import run, tensors_in, undisturbed
+from torch_meanfield.observe import anew, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, randomise_
 from torch_meanfield.particles.population import named_tensors
 
@@ -229,31 +229,6 @@ class _Scaling(TorchFunctionMode):
                 scaled = stream + self.factor * (result - stream)
                 return result.copy_(scaled) if any(result is t for t in operands) else scaled
         return result
-
-
-def anew(change: Callable[[Tensor], Tensor], given: Any) -> Any:
-    """A deep copy of what a module is given, ``change`` made to each tensor in it: the module may keep state in it.
-
-    Language models write keys and values into a cache that they are handed from block to block.
-    """
-    memo: dict[int, Any] = {}
-    waiting = [given]
-    while waiting:
-        thing = waiting.pop()
-        if id(thing) in memo or isinstance(thing, (str, bytes, type)):
-            continue
-        memo[id(thing)] = None  # seen
-        if isinstance(thing, Tensor):
-            memo[id(thing)] = change(thing)
-        elif isinstance(thing, nn.Module):
-            memo[id(thing)] = thing
-        elif isinstance(thing, Mapping):
-            waiting += thing.values()
-        elif isinstance(thing, (list, tuple, set)):
-            waiting += thing
-        if not isinstance(thing, (Tensor, nn.Module)):
-            waiting += vars(thing).values() if hasattr(thing, "__dict__") else ()
-    return deepcopy(given, {i: copied for i, copied in memo.items() if copied is not None})
 
 
 def _cloned(t: Tensor) -> Tensor:

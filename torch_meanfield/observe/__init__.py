@@ -6,6 +6,7 @@ What is looked for in them is not known here.
 
 from torch_meanfield.observe.observer import Call as Call
 from torch_meanfield.observe.observer import Observer as Observer
+from torch_meanfield.observe.observer import anew as anew
 from torch_meanfield.observe.observer import map_tensors as map_tensors
 from torch_meanfield.observe.observer import observe as observe
 from torch_meanfield.observe.observer import private_copy as private_copy

@@ -7,10 +7,12 @@ branches can watch the additions.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import BoundArguments
 from typing import Any
 
 import torch
@@ -119,7 +121,12 @@ def private_copy(
 
 
 def run(model: nn.Module, example_input: Any) -> Any:
-    """``model`` on the example: a tensor or any single object, a tuple of arguments, or a dict of keywords."""
+    """``model`` on the example: a tensor or any single object, a tuple of arguments, or a dict of keywords.
+
+    Arguments of both kinds are ``inspect.signature(model.forward).bind(x, mask=mask)``.
+    """
+    if isinstance(example_input, BoundArguments):
+        return model(*example_input.args, **example_input.kwargs)
     if isinstance(example_input, Mapping):
         return model(**example_input)
     if isinstance(example_input, tuple) and not hasattr(example_input, "_fields"):
@@ -147,6 +154,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested lists, tuples and mappings, in order."""
     if isinstance(value, Tensor):
         return [value]
+    value = value.arguments if isinstance(value, BoundArguments) else value
     if isinstance(value, Mapping):
         return [t for v in value.values() for t in tensors_in(v)]
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -163,11 +171,41 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, BoundArguments):
+        return BoundArguments(value.signature, OrderedDict(map_tensors(change, value.arguments)))
     if isinstance(value, Mapping):
         return {k: map_tensors(change, v) for k, v in value.items()}
     if isinstance(value, tuple) and not hasattr(value, "_fields") and not isinstance(value, torch.Size):
         return tuple(map_tensors(change, v) for v in value)
     return [map_tensors(change, v) for v in value] if isinstance(value, list) else value
+
+
+def anew(change: Callable[[Tensor], Tensor], given: Any) -> Any:
+    """A deep copy of what a module is given, ``change`` made to each tensor in it: the module may keep state there.
+
+    Language models write keys and values into a cache that they are handed from block to block. Modules in it are not
+    copied.
+    """
+    memo: dict[int, Any] = {}
+    waiting = [given]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in memo or isinstance(thing, (str, bytes, type)):
+            continue
+        memo[id(thing)] = None  # seen
+        if isinstance(thing, Tensor):
+            memo[id(thing)] = change(thing)
+        elif isinstance(thing, nn.Module):
+            memo[id(thing)] = thing
+        elif isinstance(thing, Mapping):
+            waiting += thing.values()
+        elif isinstance(thing, (list, tuple, set)):
+            waiting += thing
+        elif isinstance(thing, BoundArguments):
+            waiting.append(thing.arguments)
+        if not isinstance(thing, (Tensor, nn.Module)):
+            waiting += vars(thing).values() if hasattr(thing, "__dict__") else ()
+    return deepcopy(given, {i: copied for i, copied in memo.items() if copied is not None})
 
 
 def observe(model: nn.Module, example_input: Any, watch: Callable[[Call], None]) -> Any:

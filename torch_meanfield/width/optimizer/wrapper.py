@@ -274,7 +274,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         if self._glimpse is not None:
             example, self._glimpse = self._glimpse.take(), None
             assert self._model is not None
-            self._settle(discovered(self._model, example, self.optimizer))
+            self._settle(discovered(self._model, example, self.optimizer, shorten=True))
         # Checkpointing makes optimizers initialise by a step with learning rate 0: no time passes in it.
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
         if all(not isinstance(lr, Tensor) and lr == 0 for lr in rates) or self._dynamics is None:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torch_meanfield.observe import InDouble, fake_quantiser, map_tensors, private_copy, run, tensors_in, undisturbed
+from torch_meanfield.observe import InDouble, anew, fake_quantiser, private_copy, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, draw_, nudge_, randomise_
 from torch_meanfield.particles import Population, Slice, transport_
 from torch_meanfield.particles.neurons import Neurons
@@ -88,7 +88,7 @@ class Prover:
         self.draws = Draws(seed)
         self.generator = self.draws.generator
         self.seed = seed
-        self.given, self.example = example_input, map_tensors(_double, example_input)
+        self.given, self.example = example_input, anew(_double, example_input)
         self.graph: Tensor | None = None  # the output of the last forward with gradients, while it can be used
         self.mode: type[InDouble] | type[nullcontext[None]] = InDouble
         self.scales = iter(SCALES)
