@@ -17,7 +17,7 @@ from torch_meanfield.convert.report import FixedBlock
 from torch_meanfield.convert.segments import segments
 from torch_meanfield.convert.trace import trace
 from torch_meanfield.convert.trial import BlockInputs, Trial
-from torch_meanfield.observe import private_copy
+from torch_meanfield.observe import left_out, private_copy
 
 Patterns = str | Sequence[str]
 
@@ -71,7 +71,7 @@ def plan_conversion(
     except Exception as error:
         raise ValueError(
             f"convert: {type(model).__name__} does not run on the example_input ({type(error).__name__}: {error}); "
-            f"pass one that it takes"
+            f"pass one that it takes{left_out(model)}"
         ) from error
     on_meta = any(p.is_meta for p in model.parameters())
     taken: list[str] = []

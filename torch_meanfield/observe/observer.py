@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_meanfield._torch import backward_hooks, backward_pre_hooks, forward_hooks, forward_pre_hooks, may_compile
+from torch_meanfield._torch import may_compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,43 +81,6 @@ def plain_name(func: Callable[..., Any]) -> str:
         if stem and hasattr(torch, stem) and callable(getattr(torch, stem)):
             return stem + suffix
     return name
-
-
-def private_copy(
-    model: nn.Module, *, share_parameters: bool = False, parameters: Mapping[int, nn.Parameter] | None = None
-) -> nn.Module:
-    """A deep copy in ``eval()`` without the hooks of its user; whatever is done to it, ``model`` does not notice.
-
-    Hooks of ``torch.nn.utils`` stay, since weight and spectral normalisation compute their weights in them.
-
-    Args:
-        model: any module.
-        share_parameters: let the copy hold the parameters of ``model`` themselves, for a look that changes none.
-        parameters: what the copy is to hold instead of the parameters with these ``id``.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: ``model`` cannot be deep-copied.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
-    memo.update(parameters or {})
-    try:
-        copy = deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); the search works on a "
-            f"copy. Tensors with a history kept as attributes are the usual cause: detach them. The hooks of "
-            f"torch.nn.utils (weight_norm, spectral_norm, prune) keep such; torch.nn.utils.parametrizations does not"
-        ) from error
-    for module in copy.modules():
-        for kind in (forward_pre_hooks, forward_hooks, backward_hooks, backward_pre_hooks):
-            hooks = kind(module)
-            for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):
-                    del hooks[key]
-    return copy.eval()
 
 
 def run(model: nn.Module, example_input: Any) -> Any:
@@ -211,7 +174,7 @@ def anew(change: Callable[[Tensor], Tensor], given: Any) -> Any:
 def observe(model: nn.Module, example_input: Any, watch: Callable[[Call], None]) -> Any:
     """Run ``model`` once on ``example_input`` without gradients, each call handed to ``watch``; return its output.
 
-    The model is run as it is: pass a :func:`private_copy` to keep the original's buffers and caches untouched.
+    The model is run as it is: pass a :func:`.private_copy` to keep the original's buffers and caches untouched.
     The random state of torch is restored.
     """
     with undisturbed(), Observer(watch):

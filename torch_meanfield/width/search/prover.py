@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torch_meanfield.observe import InDouble, anew, fake_quantiser, private_copy, run, tensors_in, undisturbed
+from torch_meanfield.observe import InDouble, anew, fake_quantiser, left_out, private_copy, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, draw_, nudge_, randomise_
 from torch_meanfield.particles import Population, Slice, transport_
 from torch_meanfield.particles.neurons import Neurons
@@ -93,7 +93,13 @@ class Prover:
         self.mode: type[InDouble] | type[nullcontext[None]] = InDouble
         self.scales = iter(SCALES)
         self.settled = False  # whether the output is known to be well-conditioned in the parameters
-        self._begin()
+        try:
+            self._begin()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"verify: {type(model).__name__} does not run on the example_input in double precision "
+                f"({type(error).__name__}: {error}); pass one that it takes{left_out(model)}"
+            ) from error
 
     def _begin(self) -> bool:
         """Random parameters of the next scale that gives a sound output; whether there is one."""
