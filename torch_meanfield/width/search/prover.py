@@ -95,7 +95,7 @@ class Prover:
         self.settled = False  # whether the output is known to be well-conditioned in the parameters
         try:
             self._begin()
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"verify: {type(model).__name__} does not run on the example_input in double precision "
                 f"({type(error).__name__}: {error}); pass one that it takes{left_out(model)}"
