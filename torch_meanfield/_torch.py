@@ -67,6 +67,11 @@ def in_backward() -> bool:
 # -- modules -----------------------------------------------------------------------------------------------------
 
 
+def is_batch_norm(kind: type) -> bool:
+    """Whether ``kind`` is a batch norm, the synchronised one too. Wraps ``nn.modules.batchnorm._BatchNorm``."""
+    return issubclass(kind, nn.modules.batchnorm._BatchNorm)
+
+
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters of ``module`` itself by name, as it holds them: writing here replaces them.
 

@@ -13,9 +13,8 @@ from torch_meanfield._torch import children_of
 from torch_meanfield.depth.euler import euler_step, euler_steps
 from torch_meanfield.depth.exchangeable import check_exchangeable
 from torch_meanfield.depth.layer import MeanFieldLayer
-from torch_meanfield.depth.tau_axis import check_horizon, differences, plain_value, projected
+from torch_meanfield.depth.tau_axis import check_horizon, differences, nonnegative, projected, steps_by_slot
 from torch_meanfield.particles import Population, Slice, Stack
-from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Column, named_tensors
 
 
@@ -111,29 +110,16 @@ class MeanFieldSequential(MeanFieldLayer):
         order = self._execution_order()
         tau = self.tau_axis.positions()
         if order is not None:
-            tau = projected(tau)[order]
-        steps = differences(tau).unbind()
+            each = differences(projected(tau)[order])
+        else:  # compiled code runs the branches by slot, unread
+            each = steps_by_slot(tau) if torch.compiler.is_compiling() else nonnegative(differences(tau))
+        steps = each.unbind()
         branches = list(self) if order is None else [self[i] for i in order]
         if euler and not recomputes:
             return euler_steps(x, branches, steps)
         for branch, step in zip(branches, steps, strict=True):
             x = _recomputed(self.solver, x, branch, step) if recomputes else self.solver(x, branch, step)
         return x
-
-    def _execution_order(self) -> list[int] | None:
-        """Slots in the order of tau, or ``None`` where the slots are known to be in it.
-
-        The hook behind every optimizer step keeps the slots sorted, so training never waits for the device here. They
-        can be out of order after tau was written by hand, in a model trained in ``eval()``, and in averaged copies.
-        Under ``vmap`` no value can be read, and the slots are taken to be sorted.
-        """
-        # An average's tau may cross while its places follow the model's, and averages are swapped in unseen.
-        averaged = not self.training and lineage_of(self).averaged
-        if torch.compiler.is_compiling():
-            return _read_order(self) if averaged else None  # reading breaks the graph, and says so under fullgraph
-        if not averaged and self.tau_axis.is_sorted():
-            return None
-        return _read_order(self)
 
     # -- a sequence of branches --------------------------------------------------------------------------------
 
@@ -164,15 +150,3 @@ def _recomputed(step: Callable[..., Tensor], *args: Any) -> Tensor:
 
 def _plain_step(x: Tensor, branch: nn.Module) -> Tensor:
     return x + cast(Tensor, branch(x))
-
-
-def _read_order(layer: MeanFieldSequential) -> list[int] | None:
-    positions = plain_value(layer.tau_axis.read())
-    if positions is None:
-        return None
-    # item by item: tolist() fails inside the function transforms of torch 2.6
-    order = [int(i) for i in positions.clamp(min=0).argsort(stable=True).cpu()]
-    if order == list(range(len(order))) and not bool((positions < 0).any()):
-        layer.tau_axis.mark_sorted()
-        return None
-    return order

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_meanfield._torch import untransformed, version_of
+from torch_meanfield._torch import is_watched, untransformed, version_of
 from torch_meanfield.particles.copying import is_sharded, whole, write_
 
 
@@ -109,6 +109,25 @@ class TauAxis(nn.Module):
         """Whether the slots are known to be in the order of tau, without reading it."""
         return self._sorted_at == self.version()
 
+    def in_order(self) -> bool:
+        """Whether the slots are in the order of tau, which is read where that is free: on the CPU, in eager code.
+
+        A write through ``tau.data`` is seen by its values alone. Elsewhere it is seen at the next optimizer step.
+        """
+        if not self.is_sorted():
+            return False
+        offset = self.offset
+        if (
+            offset is None
+            or not offset.is_cpu
+            or is_sharded(offset)
+            or is_watched()
+            or cast(Any, torch).jit.is_tracing()
+        ):
+            return True
+        self.mark_sorted(ascending(self.read().tolist()))
+        return self.is_sorted()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
         self._sorted_at = ()  # a version names tensors by their place in memory, which a copy's are not
@@ -143,6 +162,16 @@ class TauAxis(nn.Module):
         return f"{self.anchor.numel()}, learn={self.offset is not None}"
 
 
+def ascending(times: Iterable[float]) -> bool:
+    """Whether ``times`` are finite, not below 0 and in order."""
+    before = 0.0
+    for time in times:
+        if not before <= time < math.inf:  # crossings, positions below 0, nan and inf at once
+            return False
+        before = time
+    return True
+
+
 def differences(tau: Tensor) -> Tensor:
     """Each position minus the one before it, the first minus 0; differentiable, shape ``(n,)``."""
     return tau - F.pad(tau, (1, -1))  # in half the time of torch.diff with its gradient
@@ -154,6 +183,17 @@ def projected(tau: Tensor) -> Tensor:
     ``clamp(min=0)`` gives it none (in torch 2.15), and a particle that :meth:`TauAxis.project_` put there would stay.
     """
     return torch.where(tau < 0, torch.zeros_like(tau), tau)
+
+
+def nonnegative(steps: Tensor) -> Tensor:
+    """``steps`` of slots in order; on an accelerator, where the order is not read, none of them below 0."""
+    return steps if steps.is_cpu else projected(steps)
+
+
+def steps_by_slot(tau: Tensor) -> Tensor:
+    """The step of the particle in each slot, in whatever order they are: its tau minus the next smaller one."""
+    ascending, order = projected(tau).sort(stable=True)
+    return torch.diff(ascending, prepend=ascending.new_zeros(1))[order.argsort()]
 
 
 def check_horizon(horizon: float | None, n: int) -> float:
