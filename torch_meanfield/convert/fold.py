@@ -11,8 +11,9 @@ from torch import nn
 
 from torch_meanfield._torch import children_of, parameters_of
 from torch_meanfield.convert.report import RECORD, ConversionRecord, conversion_report, find_record
-from torch_meanfield.convert.sites import descend, detach, factor, multiply, site_of
+from torch_meanfield.convert.sites import descend, detach, factor, site_of
 from torch_meanfield.convert.stage import ConvertedStage, stages_of
+from torch_meanfield.depth.euler import scaled_by
 from torch_meanfield.observe import run, tensors_in, undisturbed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,7 +86,7 @@ def _fold_(model: nn.Module) -> None:
         for path, name, power in site.place.scaled:
             parameter = parameters_of(descend(module, path))[name]
             assert parameter is not None
-            parameter.copy_(multiply(parameter, factor(site.stage.step(site.place.slot), power)))
+            parameter.copy_(scaled_by(parameter, factor(site.stage.step(site.place.slot), power)))
         detach(module)
     for module in list(model.modules()):
         for name, child in list(children_of(module).items()):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_meanfield._torch import children_of, is_batch_norm, parameters_of
+from torch_meanfield.depth.euler import is_plain, scaled_by
 from torch_meanfield.observe import map_tensors
 
 # The weight that reads a scaled tensor inside a gate is divided by the step, which may be 0. Below this the gate sees
@@ -61,6 +62,10 @@ class Place:
         owners = [(descend(module, path), name) for path, name, _ in self.scaled]
         return all(o is not None and parameters_of(o).get(name) is not None for o, name in owners)
 
+    def plain(self, module: nn.Module) -> bool:
+        """Whether the parameters that ``module`` takes the step by are plain real tensors."""
+        return all(is_plain(parameters_of(descend(module, path))[name]) for path, name, _ in self.scaled)
+
     def changed(self, module: nn.Module | None) -> str:
         """What has become of the module, for an error."""
         what = "is gone" if module is None else f"is a {type(module).__name__} now, not the {self.kind.__name__} it was"
@@ -98,7 +103,7 @@ class Site:
             return forward(*args, **kwargs)
         step = self.stage.step(place.slot)
         takes = not place.output and place.takes(module)
-        if place.output or (place.whole and (self.under is not None or not takes)):
+        if place.output or (place.whole and not (takes and self.under is None and place.plain(module))):
             return _scaled(forward(*args, **kwargs), step)
         if not takes:
             raise RuntimeError(f"{place.changed(module)}, and its step acts on nothing; {WAY_OUT}")
@@ -108,7 +113,7 @@ class Site:
                 parameters: dict[str, Any] = parameters_of(descend(module, path))
                 kept.append((parameters, name, parameters[name]))
                 # As torch.func.functional_call does it, and torch.compile can follow.
-                parameters[name] = multiply(parameters[name], factor(step, power))
+                parameters[name] = scaled_by(parameters[name], factor(step, power))
             return forward(*args, **kwargs)
         finally:
             for parameters, name, parameter in kept:
@@ -136,17 +141,12 @@ def factor(step: Tensor, power: int) -> Tensor:
     return step if power == 1 else 1 / step.clamp(min=LEAST_DIVISOR)
 
 
-def multiply(tensor: Tensor, by: Tensor) -> Tensor:
-    """``tensor * by``, computed in the precision of ``by`` and rounded once to that of ``tensor``."""
-    return tensor * by if tensor.dtype == by.dtype else (tensor.to(by.dtype) * by).to(tensor.dtype)
-
-
 def _scaled(out: Any, by: Tensor) -> Any:
     if isinstance(out, Tensor):
-        return multiply(out, by)
+        return scaled_by(out, by)
     if type(out) not in (tuple, list):
         raise TypeError(f"a step cannot scale a {type(out).__name__} that a layer of a block returns; {WAY_OUT}")
-    return map_tensors(partial(multiply, by=by), out)
+    return map_tensors(partial(scaled_by, step=by), out)
 
 
 def descend(module: Any, path: str) -> Any:

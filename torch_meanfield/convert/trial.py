@@ -106,6 +106,8 @@ class Trial:
 
     def scales(self) -> str | None:
         """Whether scaling the parameters is scaling the branches; the reason if it is not."""
+        if not self.output.numel():
+            return "its output holds no real floating-point numbers; a MeanFieldSequential takes complex branches"
         self.module.train().eval()
         graph = trace(_Called(self.module, self.args, self.kwargs), ())
         call = next(c for c in graph.calls if c.name == "module")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torch_meanfield._torch import children_of
-from torch_meanfield.depth.euler import euler_step, euler_steps
+from torch_meanfield.depth.euler import checked, euler_step, euler_steps
 from torch_meanfield.depth.exchangeable import check_exchangeable
 from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.depth.tau_axis import check_horizon, differences, nonnegative, projected, steps_by_slot
@@ -104,8 +104,8 @@ class MeanFieldSequential(MeanFieldLayer):
         euler = self.solver is euler_step
         recomputes = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         if self.tau_axis.unit_steps and euler:
-            for branch in self:
-                x = _recomputed(_plain_step, x, branch) if recomputes else _plain_step(x, branch)
+            for i, branch in enumerate(self):
+                x = _recomputed(_plain_step, x, branch, i) if recomputes else _plain_step(x, branch, i)
             return x
         order = self._execution_order()
         tau = self.tau_axis.positions()
@@ -148,5 +148,5 @@ def _recomputed(step: Callable[..., Tensor], *args: Any) -> Tensor:
     return checkpoint(step, *args, use_reentrant=False)  # type: ignore[no-any-return, unused-ignore]
 
 
-def _plain_step(x: Tensor, branch: nn.Module) -> Tensor:
-    return x + cast(Tensor, branch(x))
+def _plain_step(x: Tensor, branch: nn.Module, i: int) -> Tensor:
+    return x + checked(x, branch(x), branch, i)

@@ -116,14 +116,8 @@ class TauAxis(nn.Module):
         """
         if not self.is_sorted():
             return False
-        offset = self.offset
-        if (
-            offset is None
-            or not offset.is_cpu
-            or is_sharded(offset)
-            or is_watched()
-            or cast(Any, torch).jit.is_tracing()
-        ):
+        sharded = self.offset is not None and is_sharded(self.offset)
+        if sharded or not self.anchor.is_cpu or is_watched() or cast(Any, torch).jit.is_tracing():
             return True
         self.mark_sorted(ascending(self.read().tolist()))
         return self.is_sorted()
