@@ -324,6 +324,7 @@ def test_fold_measures_against_a_network_in_which_every_step_acts() -> None:
 @pytest.mark.parametrize("name", ["LoRA", "prune", "parametrised", "replaced"])
 def test_a_compiled_model_takes_the_step_too(name: str) -> None:
     model, plain = converted(), network()
+    torch.compiler.reset()  # what other tests have compiled counts
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(X)
     for net in (model, plain):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_meanfield.convert.sites import WAY_OUT, Place, Site, attach, descend, site_of
+from torch_meanfield.depth.exchangeable import check_alike
 from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.depth.tau_axis import nonnegative, steps_by_slot
 from torch_meanfield.particles import Population, Slice, Stack
@@ -115,16 +116,15 @@ class ConvertedStage(MeanFieldLayer):
         ]
         # The stage itself may be registered inside a block; its names exist there alone.
         tensors = [{n: t for n, t in theirs.items() if id(t) not in mine} for theirs in tensors]
+        check_alike(list(self), tensors, self._label())
         names = {id(t): name for name, t in reversed(tensors[0].items())}.values()
         columns = []
         for name in reversed(list(names)):
-            row = [theirs.get(name) for theirs in tensors]
-            if any(t is None for t in row):
-                raise ValueError(f"a block of {self._label()} lacks the tensor {name.partition('.')[2]!r}")
+            row = [theirs[name] for theirs in tensors]
             # A table that all blocks share belongs to no particle.
             if len(row) > 1 and all(t is row[0] for t in row) and not isinstance(row[0], nn.Parameter):
                 continue
-            columns.append(Stack([t for t in row if t is not None]))
+            columns.append(Stack(row))
         return columns
 
     def __len__(self) -> int:

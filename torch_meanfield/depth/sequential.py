@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_meanfield._torch import children_of
 from torch_meanfield.depth.euler import checked, euler_step, euler_steps
-from torch_meanfield.depth.exchangeable import check_exchangeable
+from torch_meanfield.depth.exchangeable import check_alike, check_exchangeable
 from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.depth.tau_axis import check_horizon, differences, nonnegative, projected, steps_by_slot
 from torch_meanfield.particles import Population, Slice, Stack
@@ -91,7 +91,8 @@ class MeanFieldSequential(MeanFieldLayer):
 
     def population(self) -> Population:
         """The branches as particles: each owns one tensor of every name in a branch, and its place on the tau axis."""
-        tensors = [named_tensors(branch) for branch in self]
+        tensors = [{f"0.{name}": t for name, t in named_tensors(branch).items()} for branch in self]
+        check_alike([(branch,) for branch in self], tensors, self._label())
         names = {id(t): name for name, t in tensors[0].items()}.values()  # a tensor tied inside a branch counts once
         columns: list[Column] = [Stack([t[name] for t in tensors]) for name in names]
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
@@ -103,7 +104,7 @@ class MeanFieldSequential(MeanFieldLayer):
         """Run eq. (15) from ``x``; the result has the shape of ``x``."""
         euler = self.solver is euler_step
         recomputes = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-        if self.tau_axis.unit_steps and euler:
+        if euler and self.tau_axis.has_unit_steps():
             for i, branch in enumerate(self):
                 x = _recomputed(_plain_step, x, branch, i) if recomputes else _plain_step(x, branch, i)
             return x
@@ -124,11 +125,27 @@ class MeanFieldSequential(MeanFieldLayer):
     # -- a sequence of branches --------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(children_of(self)) - 1  # all but the tau axis
+        return self.tau_axis.anchor.numel()
 
     def __iter__(self) -> Iterator[nn.Module]:
         blocks = children_of(self)
-        return iter([cast(nn.Module, blocks[str(i)]) for i in range(len(self))])
+        branches = [blocks.get(str(i)) for i in range(len(self))]
+        if len(blocks) != len(branches) + 1 or None in branches:  # and the tau axis
+            raise self._fixed()
+        return iter(cast("list[nn.Module]", branches))
+
+    def append(self, *args: Any) -> None:
+        """Not possible: a layer keeps its number of branches."""
+        raise self._fixed()
+
+    insert = extend = pop = __delitem__ = append
+
+    def _fixed(self) -> RuntimeError:
+        names = [name for name in children_of(self) if name != "tau_axis"]
+        return RuntimeError(
+            f"{self._label()}: a layer keeps the {len(self)} branches that its tau axis has places for, and it holds "
+            f"{names}; make another of them, MeanFieldSequential(*branches), and place them by set_tau_"
+        )
 
     def __getitem__(self, i: int) -> nn.Module:
         """The branch in slot i: the i-th particle in the order of tau."""

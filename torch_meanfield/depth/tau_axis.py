@@ -77,9 +77,13 @@ class TauAxis(nn.Module):
         return self.anchor.detach() if offset is None else self.anchor + whole(offset)
 
     @torch.no_grad()
-    def place_(self, values: Tensor) -> None:
-        """Put the particles at ``values`` (by slot), exactly; what they had learned is part of that now."""
-        self.anchor.copy_(values)
+    def place_(self, values: Tensor | Sequence[float]) -> None:
+        """Put the particles at ``values`` (by slot), exactly; what they had learned is part of that now.
+
+        Raises:
+            ValueError: not one finite value for each particle. Those below 0 are put at 0.
+        """
+        self.anchor.copy_(check_positions(values, self))
         self.unit_steps = False
         if self.offset is not None:
             self.offset.zero_()
@@ -116,11 +120,22 @@ class TauAxis(nn.Module):
         """
         if not self.is_sorted():
             return False
-        sharded = self.offset is not None and is_sharded(self.offset)
-        if sharded or not self.anchor.is_cpu or is_watched() or cast(Any, torch).jit.is_tracing():
+        if not self._is_readable():
             return True
         self.mark_sorted(ascending(self.read().tolist()))
         return self.is_sorted()
+
+    def has_unit_steps(self) -> bool:
+        """Whether every step is exactly 1 and stays so."""
+        if not self.unit_steps or torch.compiler.is_compiling() or not self._is_readable():
+            return self.unit_steps
+        return bool(self.anchor.tolist() == list(range(1, self.anchor.numel() + 1)))
+
+    def _is_readable(self) -> bool:
+        """Whether a read of the positions costs nothing and disturbs nobody."""
+        if self.offset is not None and is_sharded(self.offset):
+            return False
+        return self.anchor.is_cpu and not is_watched() and not cast(Any, torch).jit.is_tracing()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
