@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_meanfield import conversion_report, convert, fold, resort_
+from torch_meanfield import conversion_report, convert, fold, resort_, set_automatic_resort
 
 
 def mlp(width=6):
@@ -133,6 +133,18 @@ def test_additions_in_a_loop_are_found_and_converted(build, particles):
     resort_(model)
     for column, (first, second, *_) in zip(stage.module.population().columns[:-2], before, strict=True):
         assert torch.equal(column.tensors[0], second) and torch.equal(column.tensors[1], first)
+
+
+@pytest.mark.parametrize("build", [Loop, NormsInTheLoop, Pairs])
+def test_the_whole_block_runs_when_it_is_its_turn(build):
+    model, x = convert(build(), examples()), examples()
+    (stage,) = conversion_report(model)
+    set_automatic_resort(model, False)
+    with torch.no_grad():
+        stage.module.tau_axis.offset[0] += 1.6
+    unsorted = model(x)
+    resort_(model)
+    torch.testing.assert_close(unsorted, model(x))
 
 
 class SharedNorm(nn.Module):

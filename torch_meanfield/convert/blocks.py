@@ -22,12 +22,14 @@ class Scaled:
         site: qualified name, inside the block, of the module during whose forward pass the parameter is scaled.
         owner, name: the parameter inside the block; both empty where the output of ``site`` is scaled instead.
         power: 1 or -1.
+        whole: whether multiplying what ``site`` puts out is the same.
     """
 
     site: str
     owner: str
     name: str
     power: int
+    whole: bool = False
 
     @property
     def path(self) -> str:
@@ -147,7 +149,7 @@ def _scaled_parameters(
     graph: ForwardGraph, call: ModuleCall, branches: list[Addition], modules: dict[str, nn.Module]
 ) -> list[Scaled]:
     span = range(call.start, call.end)
-    result = powers(graph, span, [a.branch for a in branches], [v for a in branches for v in a.node.outputs])
+    result, degree = powers(graph, span, [a.branch for a in branches], [v for a in branches for v in a.node.outputs])
     prefix = f"{call.name}."
     scaled = []
     for value, power in result.items():
@@ -156,7 +158,11 @@ def _scaled_parameters(
         if any(not span.start <= node.index < span.stop for node in graph.readers[value]):
             raise NotScalable(f"its last affine layer {value.name!r} is read outside of the block")
         owner, _, name = value.name[len(prefix) :].rpartition(".")
-        scaled.append(Scaled(_scaling_module(graph, value, call.name, owner, modules), owner, name, power))
+        site = _scaling_module(graph, value, call.name, owner, modules)
+        inside = [c for c in _inside(call) if c.name == f"{prefix}{site}".rstrip(".")]
+        ends = [[degree.get(v, 0) for v in values] for c in inside for values in (c.inputs, c.outputs)]
+        whole = bool(ends) and not any(sum(ends[::2], [])) and all(out == [1] for out in ends[1::2])
+        scaled.append(Scaled(site, owner, name, power, whole))
     order = {name: i for i, (name, _) in enumerate(modules[call.name].named_parameters())}
     return sorted(scaled, key=lambda s: order.get(s.path, 0))
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch_meanfield.convert.example_input import example_for
 from torch_meanfield.convert.plan import ConversionPlan, Patterns, StagePlan, plan_conversion
 from torch_meanfield.convert.report import RECORD, ConversionRecord, ConversionReport, StageReport
-from torch_meanfield.convert.sites import Site, attach, detach, site_of
+from torch_meanfield.convert.sites import Place, Site, attach, descend, detach, site_of
 from torch_meanfield.convert.stage import ConvertedStage, stages_of
-from torch_meanfield.convert.trial import make_sites
+from torch_meanfield.convert.trial import make_places
 from torch_meanfield.depth.tau_axis import check_horizon
 from torch_meanfield.observe import fake_quantiser
 
@@ -126,13 +126,18 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
             name = _free_name(host, p.around)
             host.add_module(name, stage)
             added.append((host, name))
-            sites: dict[nn.Module, Site] = {}
             for slot, particle in enumerate(p.particles):
-                for b in particle:
-                    sites |= make_sites(b, modules[b.name], stage, slot)
-            for module, site in sites.items():
-                attach(module, site)
-                attached.append(module)
+                parts = [(part, b) for b in particle for part in b.parts]
+                for member, (part, b) in enumerate(parts):
+                    block = modules[part]
+                    scaled = make_places(b, block, slot, member) if part == b.name else []
+                    places = {q.path: q for q in scaled}
+                    places.setdefault("", Place(slot, member, "", type(block))).guards = True
+                    for place in places.values():
+                        module: nn.Module = descend(block, place.path)
+                        attach(module, Site(stage, place))
+                        attached.append(module)
+                    stage.places[slot, member] = [q for q in places.values() if q.scaled or q.output]
             reports.append(_report(p, f"{p.host}.{name}".lstrip(".")))
         report = ConversionReport(type(model).__name__, tuple(reports), tuple(plan.fixed))
         model.__dict__[RECORD] = ConversionRecord(report, example)

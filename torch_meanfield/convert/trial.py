@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch_meanfield.convert.blocks import Block
 from torch_meanfield.convert.description import attributes_of
 from torch_meanfield.convert.residual import nested_additions
-from torch_meanfield.convert.sites import Site, attached
+from torch_meanfield.convert.sites import Place, Site, attached, descend
 from torch_meanfield.convert.trace import trace
 from torch_meanfield.observe import anew, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, randomise_
@@ -137,6 +137,8 @@ class Trial:
 
     def scales(self) -> str | None:
         """Whether scaling the parameters is scaling the branches; the reason if it is not."""
+        if not self.output.numel():
+            return "its output holds no real floating-point numbers; a MeanFieldSequential takes complex branches"
         self.module.train().eval()
         graph = trace(_Called(self.module, self.args, self.kwargs), ())
         call = next(c for c in graph.calls if c.name == "module")
@@ -149,7 +151,8 @@ class Trial:
             additions = {a.node.index - call.start: a.node.inputs.index(a.branch) for a in found}
             expected = self.run(self.module, _Scaling(additions, value))
             stages.value = self.output.new_tensor(value)
-            with attached(make_sites(self.block, owner, stages, 0)):
+            places = make_places(self.block, owner)
+            with attached({descend(owner, p.path): Site(stages, p) for p in places}):
                 got = self.run(self.module)
             change = self.distance(got, expected)
             if change > TOLERANCE:
@@ -169,17 +172,15 @@ class _Constant:
         return self.value
 
 
-def make_sites(block: Block, module: nn.Module, stage: Any, slot: int) -> dict[nn.Module, Site]:
-    """The sites of one block by module; ``module`` is the block's own, or a copy of it."""
-    by_site: dict[str, list[tuple[str, str, int]]] = {}
+def make_places(block: Block, module: nn.Module, slot: int = 0, member: int = 0) -> list[Place]:
+    """Where the step acts in one block; ``module`` is the block's own, or a copy of it."""
+    places: dict[str, Place] = {}
     for s in block.scaled:
-        scaled = by_site.setdefault(s.site, [])
+        kind = type(module.get_submodule(s.site))
+        place = places.setdefault(s.site, Place(slot, member, s.site, kind, whole=s.whole, output=not s.name))
         if s.name:
-            scaled.append((s.owner[len(s.site) :].lstrip("."), s.name, s.power))
-    return {
-        module.get_submodule(name): Site(stage, slot, tuple(scaled), output=not scaled)
-        for name, scaled in by_site.items()
-    }
+            place.scaled += ((s.owner[len(s.site) :].lstrip("."), s.name, s.power),)
+    return list(places.values())
 
 
 class _Called(nn.Module):
