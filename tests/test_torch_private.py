@@ -53,6 +53,11 @@ def test_version_of_counts_in_place_writes():
         assert _torch.version_of(torch.zeros(2)) == -1
 
 
+def test_is_batch_norm_knows_the_synchronised_one_and_no_other_norm():
+    assert all(_torch.is_batch_norm(k) for k in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))
+    assert not any(_torch.is_batch_norm(k) for k in (nn.LayerNorm, nn.InstanceNorm1d, nn.Linear))
+
+
 def test_in_backward_tells_a_recomputed_forward_pass():
     seen = []
 

@@ -67,6 +67,11 @@ def in_backward() -> bool:
 # -- modules -----------------------------------------------------------------------------------------------------
 
 
+def is_batch_norm(kind: type) -> bool:
+    """Whether ``kind`` is a batch norm, the synchronised one too. Wraps ``nn.modules.batchnorm._BatchNorm``."""
+    return issubclass(kind, nn.modules.batchnorm._BatchNorm)
+
+
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters of ``module`` itself by name, as it holds them: writing here replaces them.
 
@@ -120,6 +125,9 @@ def takes_hooks(module: nn.Module) -> bool:
     return "_forward_hooks" in module.__dict__
 
 
+_CALLED = frozenset(("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl"))  # what a call goes through
+
+
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether ``module(x)`` is the ``forward`` of its class: no hook, own or global, not compiled, not overridden.
 
@@ -127,7 +135,7 @@ def is_called_plainly(module: nn.Module) -> bool:
     """
     return not (
         module._compiled_call_impl is not None
-        or "forward" in module.__dict__
+        or not _CALLED.isdisjoint(module.__dict__)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

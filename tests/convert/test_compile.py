@@ -52,6 +52,13 @@ def test_one_graph_for_all_steps_and_re_sorts(case):
         torch.testing.assert_close(v, w, msg=k)
 
 
+def unconverted(model):
+    """The blocks of ``model`` as they were before the conversion."""
+    plain = stack(len(model.body))
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "tau_axis" not in k})
+    return plain.body
+
+
 def test_unsorted_slots_give_no_negative_step_in_a_compiled_model():
     torch.manual_seed(0)
     model, x = stack(3).eval(), tokens()
@@ -59,5 +66,9 @@ def test_unsorted_slots_give_no_negative_step_in_a_compiled_model():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         compiled(x)
-        conversion_report(model).stages[0].module.tau_axis.offset.copy_(torch.tensor([2.5, 0.0, -0.5]))
-        torch.testing.assert_close(compiled(x), model(x))
+        stage = conversion_report(model).stages[0].module
+        stage.tau_axis.offset.copy_(torch.tensor([2.5, 0.0, -0.5]))  # tau = 3.5, 2, 2.5: by slot steps of 1, 2, 0.5
+        h = model.enter(x)
+        for block, step in zip(unconverted(model), (1.0, 2.0, 0.5), strict=True):
+            h = h + step * (block(h) - h)
+        torch.testing.assert_close(compiled(x), model.leave(h))

@@ -7,7 +7,7 @@ import torch
 
 from tests.convert.networks import CifarResNet, PlainViT, images, stack, tokens
 from torch_meanfield import conversion_report, convert, fold
-from torch_meanfield.convert.sites import StepScaled
+from torch_meanfield.convert.sites import site_of
 from torch_meanfield.convert.stage import ConvertedStage
 
 CASES = {
@@ -35,7 +35,7 @@ def test_a_plain_model_loads_the_folded_weights_and_gives_the_same_outputs(case,
     with torch.no_grad():
         torch.testing.assert_close(fresh(x), model.eval()(x), rtol=bound, atol=bound)
     assert 0 <= conversion_report(folded).fold_error <= bound
-    assert folded.training and not any(isinstance(m, (StepScaled, ConvertedStage)) for m in folded.modules())
+    assert folded.training and not any(isinstance(m, ConvertedStage) or site_of(m) for m in folded.modules())
     assert [type(m) for m in folded.modules()] == [type(m) for m in fresh.modules()]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "num_batches" not in k)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="no column has the role 'in'"):
         verify(net, EXAMPLE, [Neurons([Slice(net[3].weight, 1)], ["out"])])
     stuck = copy.deepcopy(net)
-    stuck.cache = torch.ones(1, requires_grad=True) * 2
+    stuck.cache = threading.Lock()
     with pytest.raises(ValueError, match="cannot be deep-copied"):
         find_populations(stuck, EXAMPLE)
     with pytest.raises(ValueError, match="no finite, non-zero"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -21,12 +22,14 @@ class Scaled:
         site: qualified name, inside the block, of the module during whose forward pass the parameter is scaled.
         owner, name: the parameter inside the block; both empty where the output of ``site`` is scaled instead.
         power: 1 or -1.
+        whole: whether multiplying what ``site`` puts out is the same.
     """
 
     site: str
     owner: str
     name: str
     power: int
+    whole: bool = False
 
     @property
     def path(self) -> str:
@@ -39,13 +42,17 @@ class Block:
     """One residual block of a model.
 
     Attributes:
-        name: qualified.
-        call: the module's one call in the forward pass.
+        name: qualified; of a block in a loop, the module that puts out the branch.
+        call: the module's one call in the forward pass; of a block in a loop, what runs from one state of the stream
+            to the next.
         branches: its residual additions.
         scaled: the parameters that take the step; empty if ``reason`` is given.
         description: what must be equal in blocks that change places.
         reason: why it cannot become a particle; ``None`` if it can.
         foldable: whether parameters take the step.
+        before: in a loop, the modules that the branch runs through before (:mod:`.loops`).
+        output: in a loop, which of the tensors that the module puts out is the branch; ``None``: its output holds the
+            sum already.
     """
 
     name: str
@@ -55,6 +62,22 @@ class Block:
     description: Description = field(default_factory=dict)
     reason: str | None = None
     foldable: bool = True
+    before: tuple[str, ...] = ()
+    output: int | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the modules that are the block."""
+        return (*self.before, self.name)
+
+    def meets(self, name: str) -> bool:
+        """Whether the module ``name`` is a part of the block, lies in one, or holds one."""
+        return any(is_in(part, name) or is_in(name, part) for part in self.parts)
+
+
+def is_in(name: str, other: str) -> bool:
+    """Whether the module ``name`` is ``other`` or lies inside it."""
+    return name == other or name.startswith(f"{other}.")
 
 
 def find_blocks(
@@ -71,7 +94,6 @@ def find_blocks(
     """
     times = Counter(call.name for call in graph.calls)
     modules = dict(model.named_modules())
-    outside = _names_by_parameter(model)
     found = []
     for call in graph.calls:
         if not call.name:
@@ -82,20 +104,13 @@ def find_blocks(
         module = modules[call.name]
         if not branches or not any(True for _ in module.parameters()):
             continue
-        block = Block(call.name, call, branches)
+        block = Block(call.name, call, branches, description=describe(module, reads))
+        block.description["what it is called with"] = call.literals
         if times[call.name] > 1:
             block.reason = f"it is called {times[call.name]} times in one forward pass"
         else:
-            block.reason = _shared(call.name, module, outside)
-        block.description = describe(module, reads)
-        if block.reason is None:
-            try:
-                block.scaled = _scaled_parameters(graph, call, branches, modules)
-            except NotScalable as error:
-                block.foldable = False
-                block.scaled = [] if foldable else _scaled_outputs(call, branches)
-                block.reason = None if block.scaled else str(error)
-            block.description |= {f"step on {s.path or s.site}": (s.site, s.power) for s in block.scaled}
+            block.reason = shared(block.parts, model)
+        scale_block(block, graph, modules, foldable=foldable)
         found.append(block)
     return found
 
@@ -104,18 +119,29 @@ def _keeps_shape(call: ModuleCall) -> bool:
     return bool(call.inputs and call.outputs) and call.inputs[0].shape == call.outputs[0].shape
 
 
-def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
+def scale_block(block: Block, graph: ForwardGraph, modules: dict[str, nn.Module], *, foldable: bool) -> None:
+    """Find what takes the step of ``block``, unless there is a reason against it already; the reason if nothing can."""
+    if block.reason is not None:
+        return
+    try:
+        block.scaled = _scaled_parameters(graph, block.call, block.branches, modules)
+    except NotScalable as error:
+        block.foldable = False
+        block.scaled = [] if foldable else _scaled_outputs(block.call, block.branches)
+        block.reason = None if block.scaled else str(error)
+    block.description |= {f"step on {s.path or s.site}": (s.site, s.power) for s in block.scaled}
+
+
+def shared(parts: Sequence[str], model: nn.Module) -> str | None:
+    """Why modules of these names cannot be a particle: a parameter of theirs is another's too."""
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
-    return names
-
-
-def _shared(name: str, module: nn.Module, names: dict[int, list[str]]) -> str | None:
-    for own, p in module.named_parameters():
-        for other in names[id(p)]:
-            if not other.startswith(f"{name}."):
-                return f"it shares its parameter {own!r} with {other!r}; a particle must own its tensors"
+    for part in parts:
+        for own, p in model.get_submodule(part).named_parameters():
+            for other in names[id(p)]:
+                if not any(other.startswith(f"{name}.") for name in parts):
+                    return f"it shares its parameter {own!r} with {other!r}; a particle must own its tensors"
     return None
 
 
@@ -123,7 +149,7 @@ def _scaled_parameters(
     graph: ForwardGraph, call: ModuleCall, branches: list[Addition], modules: dict[str, nn.Module]
 ) -> list[Scaled]:
     span = range(call.start, call.end)
-    result = powers(graph, span, [a.branch for a in branches], [v for a in branches for v in a.node.outputs])
+    result, degree = powers(graph, span, [a.branch for a in branches], [v for a in branches for v in a.node.outputs])
     prefix = f"{call.name}."
     scaled = []
     for value, power in result.items():
@@ -132,7 +158,11 @@ def _scaled_parameters(
         if any(not span.start <= node.index < span.stop for node in graph.readers[value]):
             raise NotScalable(f"its last affine layer {value.name!r} is read outside of the block")
         owner, _, name = value.name[len(prefix) :].rpartition(".")
-        scaled.append(Scaled(_scaling_module(graph, value, call.name, owner, modules), owner, name, power))
+        site = _scaling_module(graph, value, call.name, owner, modules)
+        inside = [c for c in _inside(call) if c.name == f"{prefix}{site}".rstrip(".")]
+        ends = [[degree.get(v, 0) for v in values] for c in inside for values in (c.inputs, c.outputs)]
+        whole = bool(ends) and not any(sum(ends[::2], [])) and all(out == [1] for out in ends[1::2])
+        scaled.append(Scaled(site, owner, name, power, whole))
     order = {name: i for i, (name, _) in enumerate(modules[call.name].named_parameters())}
     return sorted(scaled, key=lambda s: order.get(s.path, 0))
 

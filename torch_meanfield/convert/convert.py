@@ -9,9 +9,9 @@ from torch import nn
 from torch_meanfield.convert.example_input import example_for
 from torch_meanfield.convert.plan import ConversionPlan, Patterns, StagePlan, plan_conversion
 from torch_meanfield.convert.report import RECORD, ConversionRecord, ConversionReport, StageReport
-from torch_meanfield.convert.sites import Site, attach, detach, site_of
+from torch_meanfield.convert.sites import Place, Site, attach, descend, detach, site_of
 from torch_meanfield.convert.stage import ConvertedStage, stages_of
-from torch_meanfield.convert.trial import make_sites
+from torch_meanfield.convert.trial import make_places
 from torch_meanfield.depth.tau_axis import check_horizon
 from torch_meanfield.observe import fake_quantiser
 
@@ -25,6 +25,7 @@ def convert(
     horizon: float | None = None,
     include: Patterns = "*",
     exclude: Patterns = (),
+    ignore: Patterns = (),
     foldable: bool = True,
 ) -> Model:
     r"""Give the residual blocks of ``model`` learnable times, in place.
@@ -44,13 +45,17 @@ def convert(
 
     Args:
         model: any module that runs eagerly, whatever its attribute names.
-        example_input: what it is called with: a tensor, a tuple of arguments, or a dict of keywords, at the working
-            resolution. ``None``: a timm model's configured input size.
+        example_input: what it is called with: a tensor, a tuple of arguments, a dict of keywords, or for both
+            ``inspect.signature(model.forward).bind(x, mask=mask)``, at the working resolution. ``None``: a timm
+            model's configured input size.
         horizon: the last time T of each stage; its steps begin at T over its number of particles. ``None``: that
             number, so that every step is exactly 1.
         include: shell pattern (``fnmatch``), or several, of the qualified names of blocks or of modules that hold them:
             ``"layer3"``, ``"blocks.*"``.
         exclude: likewise, of blocks that stay as they are.
+        ignore: names of attributes, or patterns, that may differ between blocks that change places, such as
+            ``"layer_idx"``. They stay at the place. Integers that count the blocks need not be named: they are
+            tried with numbers.
         foldable: ``False`` also converts branches that no parameter scales (an activation other than ReLU stands
             behind the last affine layer): the output of the branch's last module is multiplied at run time, and
             :func:`torch_meanfield.fold` refuses.
@@ -77,10 +82,14 @@ def convert(
     _check_unconverted(model)
     check_horizon(horizon, 1)
     example = example_for(model, example_input, "convert")
-    plan = plan_conversion(model, example, include=include, exclude=exclude, foldable=foldable)
+    plan = plan_conversion(model, example, include=include, exclude=exclude, ignore=ignore, foldable=foldable)
     if not plan.stages:
         reasons = "".join(f"\n  {f}" for f in plan.fixed) or "\n  no module adds a branch to its own input"
-        raise ValueError(f"convert: {type(model).__name__} has no residual blocks that can change places:{reasons}")
+        hint = "\n  (foldable=False also converts branches that no parameter scales)" if foldable else ""
+        hint = hint if any(not f.foldable for f in plan.fixed) else ""
+        raise ValueError(
+            f"convert: {type(model).__name__} has no residual blocks that can change places:{reasons}{hint}"
+        )
     _carry_out(model, plan, horizon, example)
     return model
 
@@ -110,20 +119,25 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
     reports = []
     try:
         for p in plan.stages:
-            blocks = [[modules[b.name] for b in particle] for particle in p.particles]
+            blocks = [[modules[part] for b in particle for part in b.parts] for particle in p.particles]
             stage = ConvertedStage(blocks, check_horizon(horizon, len(blocks)))
             stage.train(model.training)
             host = modules[p.host]
             name = _free_name(host, p.around)
             host.add_module(name, stage)
             added.append((host, name))
-            sites: dict[nn.Module, Site] = {}
             for slot, particle in enumerate(p.particles):
-                for b in particle:
-                    sites |= make_sites(b, modules[b.name], stage, slot)
-            for module, site in sites.items():
-                attach(module, site)
-                attached.append(module)
+                parts = [(part, b) for b in particle for part in b.parts]
+                for member, (part, b) in enumerate(parts):
+                    block = modules[part]
+                    scaled = make_places(b, block, slot, member) if part == b.name else []
+                    places = {q.path: q for q in scaled}
+                    places.setdefault("", Place(slot, member, "", type(block))).guards = True
+                    for place in places.values():
+                        module: nn.Module = descend(block, place.path)
+                        attach(module, Site(stage, place))
+                        attached.append(module)
+                    stage.places[slot, member] = [q for q in places.values() if q.scaled or q.output]
             reports.append(_report(p, f"{p.host}.{name}".lstrip(".")))
         report = ConversionReport(type(model).__name__, tuple(reports), tuple(plan.fixed))
         model.__dict__[RECORD] = ConversionRecord(report, example)
@@ -139,7 +153,7 @@ def _report(plan: StagePlan, name: str) -> StageReport:
     blocks = [b for particle in plan.particles for b in particle]
     return StageReport(
         name=name,
-        particles=tuple(tuple(b.name for b in particle) for particle in plan.particles),
+        particles=tuple(tuple(part for b in particle for part in b.parts) for particle in plan.particles),
         branches=sum(len(b.branches) for b in plan.particles[0]),
         parameters=tuple((f"{b.name}.{s.path}", s.power) for b in blocks for s in b.scaled if s.name),
         foldable=all(b.foldable for b in blocks),

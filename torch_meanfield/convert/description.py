@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,15 @@ def is_drop(module: nn.Module) -> bool:
 Description = dict[str, Any]
 
 
+class Attribute(NamedTuple):
+    """In a description: an attribute that the forward pass read."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
 def describe(block: nn.Module, reads: Reads) -> Description:
     """What must be equal in exchangeable blocks, by qualified name inside the block."""
     described: Description = {}
@@ -80,18 +90,55 @@ def describe(block: nn.Module, reads: Reads) -> Description:
                 described[path] = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}" + (
                     f", tied to {tied}" if tied != path else ""
                 )
-        for key in sorted(reads.get(id(module), ())):
-            if key in module.__dict__ and key not in _PLAIN and "drop" not in key.lower():
-                described[f"{name}.{key}" if name else key] = plain(module.__dict__[key])
+        for key, value in sorted(attributes_of(module).items()):
+            if key in reads.get(id(module), ()) and "drop" not in key.lower():
+                described[f"{name}.{key}" if name else key] = Attribute(plain(value))
     return described
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any], other_name: str = "the other") -> str | None:
-    """The first difference between two descriptions in words; ``None`` if they are equal."""
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """What a module holds besides what every module does: its own configuration."""
+    return {key: value for key, value in module.__dict__.items() if key not in _PLAIN}
+
+
+def places_apart(one: str, other: str) -> int | None:
+    """The difference of the numbers in two names that are equal but for one number; else ``None``."""
+    pairs = [(a, b) for a, b in zip(one.split("."), other.split("."), strict=False) if a != b]
+    if one.count(".") != other.count(".") or len(pairs) != 1 or not all(part.isdecimal() for part in pairs[0]):
+        return None
+    return int(pairs[0][1]) - int(pairs[0][0])
+
+
+def counts(one: Any, other: Any, places: int | None) -> bool:
+    """Whether two entries of descriptions are attributes that count the blocks, which are ``places`` places apart."""
+    both = isinstance(one, Attribute) and isinstance(other, Attribute)
+    return both and type(one.value) is type(other.value) is int and other.value - one.value == places
+
+
+def difference(
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    other_name: str = "the other",
+    *,
+    places: int | None = None,
+    ignore: Sequence[str] = (),
+) -> str | None:
+    """The first difference between two descriptions in words; ``None`` if the blocks may change places.
+
+    An attribute may differ, and stays where it is, if it counts the blocks (to be tried with numbers) or is ignored.
+
+    Args:
+        places: how many places they are apart; ``None`` if that is not known, or cannot be tried.
+        ignore: patterns of attributes.
+    """
     for key in (*one, *other):
         mine, theirs = one.get(key, "nothing"), other.get(key, "nothing")
-        if mine != theirs:
-            return f"at {key or 'its top'!r} it has {_short(mine)}, {other_name} has {_short(theirs)}"
+        if mine == theirs or counts(mine, theirs, places):
+            continue
+        if isinstance(mine, Attribute) or isinstance(theirs, Attribute):
+            if any(fnmatchcase(key.rpartition(".")[2], pattern) for pattern in ignore):
+                continue
+        return f"at {key or 'its top'!r} it has {_short(mine)}, {other_name} has {_short(theirs)}"
     return None
 
 

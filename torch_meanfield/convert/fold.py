@@ -11,8 +11,9 @@ from torch import nn
 
 from torch_meanfield._torch import children_of, parameters_of
 from torch_meanfield.convert.report import RECORD, ConversionRecord, conversion_report, find_record
-from torch_meanfield.convert.sites import detach, factor, multiply, site_of
-from torch_meanfield.convert.stage import ConvertedStage
+from torch_meanfield.convert.sites import descend, detach, factor, site_of
+from torch_meanfield.convert.stage import ConvertedStage, stages_of
+from torch_meanfield.depth.euler import scaled_by
 from torch_meanfield.observe import run, tensors_in, undisturbed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,6 +51,7 @@ def fold(model: Model, example_input: Any = None) -> Model:
     refused = [s.name for s in report.stages if not s.foldable]
     if refused:
         raise ValueError(f"fold: the branches of {refused} were converted with foldable=False and cannot be folded")
+    _check_plain(model)
     folded = deepcopy(model)
     _fold_(folded)
     error = fold_error(
@@ -61,17 +63,30 @@ def fold(model: Model, example_input: Any = None) -> Model:
     return folded
 
 
+def _check_plain(model: nn.Module) -> None:
+    """See that every step acts on a layer that is plainly the one that was converted."""
+    for stage in stages_of(model).values():
+        stage.check_held_()
+    for name, module in model.named_modules():
+        site = site_of(module)
+        if site is not None and site.acts and not (site.under is None and site.place.takes(module)):
+            raise ValueError(
+                f"fold: {name} is no longer plainly the {site.place.kind.__name__} that was converted (a "
+                f"{type(module).__name__} now, or its weights are computed), so it cannot take the step; undo that "
+                f"(merge_and_unload(), prune.remove, parametrize.remove_parametrizations), then fold"
+            )
+
+
 @torch.no_grad()
 def _fold_(model: nn.Module) -> None:
     for module in list(model.modules()):
         site = site_of(module)
         if site is None:
             continue
-        step = site.stage.step(site.slot)
-        for owner, name, power in site.owned(module):
-            parameter = parameters_of(owner)[name]
+        for path, name, power in site.place.scaled:
+            parameter = parameters_of(descend(module, path))[name]
             assert parameter is not None
-            parameter.copy_(multiply(parameter, factor(step, power)))
+            parameter.copy_(scaled_by(parameter, factor(site.stage.step(site.place.slot), power)))
         detach(module)
     for module in list(model.modules()):
         for name, child in list(children_of(module).items()):
@@ -89,19 +104,32 @@ def _clear_caches(model: nn.Module) -> None:
 
 
 def fold_error(model: nn.Module, folded: nn.Module, example: Any) -> float:
-    """Largest difference of the outputs in ``eval()``, relative to the largest output."""
+    """Largest difference of the outputs in ``eval()``, relative to the largest output.
+
+    Raises:
+        ValueError: a layer that takes a step does not run: both outputs would be those of a network without it.
+    """
     if any(p.is_meta for p in model.parameters()):
         return float("nan")
     outputs = []
+    scaled = {m: name for name, m in model.named_modules() if (s := site_of(m)) is not None and s.acts}
     for m in (model, folded):
         modes = [(c, c.training) for c in m.modules()]
+        watches = [c.register_forward_hook(lambda c, *_: scaled.pop(c, None) and None) for c in scaled]
         try:
             m.eval()
             with undisturbed():
                 outputs.append([t for t in tensors_in(run(m, example)) if t.is_floating_point()])
         finally:
+            for watch in watches:
+                watch.remove()
             for child, training in modes:
                 child.training = training
+        if scaled:
+            raise ValueError(
+                f"fold: {next(iter(scaled.values()))} did not run on the example, so the step of its block acts on "
+                f"nothing; a forward that goes past it was given to the block"
+            )
     worst, largest = 0.0, 0.0
     for mine, theirs in zip(*outputs, strict=True):
         worst = max(worst, float((mine.double() - theirs.double()).abs().max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -9,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from torch_meanfield.convert.blocks import Block, chains, find_blocks
-from torch_meanfield.convert.description import difference, reads_recorded
+from torch_meanfield.convert.blocks import Block, chains, find_blocks, is_in
+from torch_meanfield.convert.description import counts, difference, places_apart, reads_recorded
+from torch_meanfield.convert.loops import loop_runs
 from torch_meanfield.convert.report import FixedBlock
 from torch_meanfield.convert.segments import segments
 from torch_meanfield.convert.trace import trace
 from torch_meanfield.convert.trial import BlockInputs, Trial
-from torch_meanfield.observe import private_copy
+from torch_meanfield.observe import left_out, private_copy
 
 Patterns = str | Sequence[str]
 
@@ -37,8 +39,9 @@ class StagePlan:
     @property
     def around(self) -> str:
         """Qualified name, inside the host, of the module that holds the blocks; empty if that is the host itself."""
-        parent = self.particles[0][0].name.rpartition(".")[0]
-        return parent[len(self.host) :].lstrip(".") if self.host else parent
+        names = [b.name.split(".")[:-1] for particle in self.particles for b in particle]
+        common = os.path.commonprefix(names)[len(self.host.split(".")) if self.host else 0 :]
+        return ".".join(common)
 
 
 @dataclass
@@ -50,9 +53,16 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    model: nn.Module, example: Any, *, include: Patterns = "*", exclude: Patterns = (), foldable: bool = True
+    model: nn.Module,
+    example: Any,
+    *,
+    include: Patterns = "*",
+    exclude: Patterns = (),
+    ignore: Patterns = (),
+    foldable: bool = True,
 ) -> ConversionPlan:
     """Plan a conversion; arguments as in :func:`torch_meanfield.convert`. ``model`` is not touched."""
+    ignore = _patterns(ignore, "ignore")
     copy = private_copy(model, share_parameters=True)
     try:
         with reads_recorded(copy) as reads:
@@ -61,7 +71,7 @@ def plan_conversion(
     except Exception as error:
         raise ValueError(
             f"convert: {type(model).__name__} does not run on the example_input ({type(error).__name__}: {error}); "
-            f"pass one that it takes"
+            f"pass one that it takes{left_out(model)}"
         ) from error
     on_meta = any(p.is_meta for p in model.parameters())
     taken: list[str] = []
@@ -70,27 +80,28 @@ def plan_conversion(
     iterating = {n for n, m in modules.items() if _is_container(m) or reads[id(m)] & {"children", "named_children"}}
     plan = ConversionPlan()
     seen: dict[str, Block] = {}
-    for nested in (False, True):
-        blocks = find_blocks(copy, graph, reads, nested=nested, foldable=foldable)
-        chosen = _selected(blocks, include, exclude, checked=not nested)
-        new = {b.name for b in blocks} - set(seen)
-        for run in chains(blocks):
-            free = [b for b in run if not any(_is_in(b.name, t) or _is_in(t, b.name) for t in taken)]
-            if nested and not any(b.name in new for b in run):
-                continue
+    blocks = find_blocks(copy, graph, reads, nested=False, foldable=foldable)
+    loops = loop_runs(copy, graph, reads, foldable=foldable)
+    looks: list[Callable[[], list[list[Block]]]] = [
+        lambda: chains(blocks),
+        lambda: chains(find_blocks(copy, graph, reads, nested=True, foldable=foldable)),
+        lambda: loops,
+    ]
+    names = {b.name for run in (blocks, *loops) for b in run}
+    chosen = _selected(names, include, exclude)
+    for look in looks:
+        runs = look()
+        new = [run for run in runs if any(b.name not in seen for b in run)]
+        for run in new:
+            free = [b for b in run if not any(b.meets(t) for t in taken)]
             for part in _unbroken(run, free):
-                for particles in _stages(part, chosen, copy, example, numbers=not on_meta):
+                for particles in _stages(part, chosen, copy, example, ignore, numbers=not on_meta):
                     plan.stages.append(StagePlan(particles, _host(particles, modules, iterating), not on_meta))
-                    taken += [b.name for particle in particles for b in particle]
-        seen = {b.name: b for b in blocks} | seen
+                    taken += [p for particle in particles for b in particle for p in b.parts]
+        seen = {b.name: b for run in runs for b in run} | seen
     plan.stages.sort(key=lambda s: seen[s.particles[0][0].name].call.start)
     plan.fixed = _fixed(list(seen.values()), taken, iterating)
     return plan
-
-
-def _is_in(name: str, other: str) -> bool:
-    """Whether the module ``name`` is ``other`` or lies inside it."""
-    return name == other or name.startswith(f"{other}.")
 
 
 def _unbroken(run: list[Block], free: list[Block]) -> list[list[Block]]:
@@ -104,15 +115,11 @@ def _unbroken(run: list[Block], free: list[Block]) -> list[list[Block]]:
     return [p for p in parts if p]
 
 
-def _selected(blocks: Iterable[Block], include: Patterns, exclude: Patterns, *, checked: bool) -> Callable[[str], bool]:
-    names = {b.name for b in blocks}
-
+def _selected(names: Iterable[str], include: Patterns, exclude: Patterns) -> Callable[[str], bool]:
     def matcher(patterns: Patterns, argument: str) -> Callable[[str], bool]:
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
-            raise TypeError(f"convert: {argument} must be a pattern or several, got {patterns!r}")
+        patterns = _patterns(patterns, argument)
         for pattern in patterns:
-            if checked and pattern != "*" and not any(_matches(n, pattern) for n in names):
+            if pattern != "*" and not any(_matches(n, pattern) for n in names):
                 raise ValueError(
                     f"convert: {argument} pattern {pattern!r} matches no residual block; the blocks are {sorted(names)}"
                 )
@@ -122,13 +129,26 @@ def _selected(blocks: Iterable[Block], include: Patterns, exclude: Patterns, *, 
     return lambda name: included(name) and not excluded(name)
 
 
+def _patterns(patterns: Patterns, argument: str) -> Sequence[str]:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"convert: {argument} must be a pattern or several, got {patterns!r}")
+    return patterns
+
+
 def _matches(name: str, pattern: str) -> bool:
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
 
 
 def _stages(
-    run: list[Block], chosen: Callable[[str], bool], copy: nn.Module, example: Any, *, numbers: bool
+    run: list[Block],
+    chosen: Callable[[str], bool],
+    copy: nn.Module,
+    example: Any,
+    ignore: Sequence[str],
+    *,
+    numbers: bool,
 ) -> list[list[list[Block]]]:
     """The particles of each stage in one run of blocks; blocks that are in none get the reason."""
     labels: list[int | None] = []
@@ -138,25 +158,32 @@ def _stages(
         if block.reason is None and not chosen(block.name):
             block.reason = "left out by include and exclude"
         if block.reason is None:
-            alike = (i for i, b in enumerate(first) if not difference(block.description, b.description))
+            alike = (i for i, b in enumerate(first) if _difference(b, block, ignore, numbers=numbers) is None)
             label = next(alike, None)
             if label is None:
                 label = len(first)
                 first.append(block)
         labels.append(label)
     if numbers:
-        labels = _proven(run, labels, copy, example)
+        labels = _proven(run, labels, copy, example, ignore)
     found = segments(labels)
     inside = set()
     for start, period, repeats in found:
         inside |= set(range(start, start + period * repeats))
     for i, block in enumerate(run):
         if i not in inside and block.reason is None:
-            block.reason = _unlike_neighbours(i, run)
+            block.reason = _unlike_neighbours(i, run, ignore, numbers=numbers)
     return [[run[s + k * p : s + (k + 1) * p] for k in range(repeats)] for s, p, repeats in found]
 
 
-def _proven(run: list[Block], labels: list[int | None], copy: nn.Module, example: Any) -> list[int | None]:
+def _difference(one: Block, other: Block, ignore: Sequence[str], *, numbers: bool) -> str | None:
+    places = places_apart(one.name, other.name) if numbers else None
+    return difference(one.description, other.description, other.name, places=places, ignore=ignore)
+
+
+def _proven(
+    run: list[Block], labels: list[int | None], copy: nn.Module, example: Any, ignore: Sequence[str]
+) -> list[int | None]:
     """Labels after the numeric tests: ``None`` also for blocks that differ in function, or that do not scale."""
     if not segments(labels):
         return labels
@@ -166,29 +193,39 @@ def _proven(run: list[Block], labels: list[int | None], copy: nn.Module, example
         if label is not None:
             of_label.setdefault(label, []).append(i)
     several = [members for members in of_label.values() if len(members) > 1]
-    inputs = BlockInputs(copy, example, [run[members[0]].name for members in several])
+    inputs = BlockInputs(copy, example, [part for members in several for part in run[members[0]].parts])
     for members in several:
         block = run[members[0]]
         try:
-            trial = Trial(block, modules[block.name], inputs.by_name[block.name])
-            reason = trial.scales()
+            trials = [Trial(block, part, modules[part], inputs.by_name[part]) for part in block.parts]
+            reason = trials[-1].scales()
         except Exception as error:
             reason = f"its test in double precision failed ({type(error).__name__}: {error})"
         for i in members:
             if reason is not None:
                 run[i].reason, run[i].scaled, labels[i] = reason, [], None
             elif i != members[0]:
-                unlike = trial.same_function(modules[run[i].name])
+                counting = _counting(block, run[i])
+                pairs = zip(trials, run[i].parts, strict=True)
+                tried = (t.same_function(modules[p], ignore, training=bool(counting)) for t, p in pairs)
+                unlike = next((reason for reason in tried if reason is not None), None)
                 if unlike is not None:
-                    run[i].reason, labels[i] = f"it is not exchangeable with {block.name}: {unlike}", None
+                    because = f"; {counting[0]!r} differs between them" if counting else ""
+                    run[i].reason, labels[i] = f"it is not exchangeable with {block.name}: {unlike}{because}", None
     return labels
 
 
-def _unlike_neighbours(i: int, run: list[Block]) -> str:
+def _counting(one: Block, other: Block) -> list[str]:
+    """The attributes that count the blocks."""
+    places = places_apart(one.name, other.name)
+    return [key for key in one.description if counts(one.description[key], other.description.get(key), places)]
+
+
+def _unlike_neighbours(i: int, run: list[Block], ignore: Sequence[str], *, numbers: bool) -> str:
     block = run[i]
     for j in (i - 1, i + 1):
         if 0 <= j < len(run):
-            words = difference(block.description, run[j].description, run[j].name)
+            words = _difference(block, run[j], ignore, numbers=numbers)
             if words is not None:
                 return f"it cannot change places with {run[j].name}: {words}"
     return "no block of its kind stands next to it"
@@ -198,11 +235,11 @@ def _fixed(blocks: list[Block], taken: list[str], iterating: set[str]) -> list[F
     """The outermost residual blocks that have nothing to do with a particle, without those that merely hold others."""
     fixed: list[FixedBlock] = []
     for block in sorted(blocks, key=lambda b: (b.call.start, -b.call.end)):
-        if any(_is_in(block.name, t) or _is_in(t, block.name) for t in taken):
+        if any(block.meets(t) for t in taken):
             continue
-        if any(_is_in(block.name, f.name) for f in fixed):
+        if any(is_in(block.name, f.name) for f in fixed):
             continue
-        inner = [b for b in blocks if b is not block and _is_in(b.name, block.name)]
+        inner = [b for b in blocks if b is not block and is_in(b.name, block.name)]
         if inner and (block.name in iterating or (block.reason is None or "of its kind" in block.reason)):
             continue  # what is said of the blocks inside says more
         reason = block.reason or "no block of its kind stands next to it"
@@ -227,4 +264,4 @@ def _host(particles: list[list[Block]], modules: dict[str, nn.Module], iterating
         name, _, _ = name.rpartition(".")
         if name not in iterating:
             return name
-    return next(n for n in modules if _is_in(n, first) and n not in iterating)
+    return next(n for n in modules if is_in(n, first) and n not in iterating)

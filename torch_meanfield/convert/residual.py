@@ -46,11 +46,12 @@ def nested_additions(call: ModuleCall, nodes: list[Node]) -> list[Addition]:
         nodes: all nodes of the graph.
     """
     return additions(call) or [
-        found for node in nodes[call.start : call.end] if (found := _local(node, call)) is not None
+        found for node in nodes[call.start : call.end] if (found := local_addition(node, call)) is not None
     ]
 
 
-def _local(node: Node, call: ModuleCall) -> Addition | None:
+def local_addition(node: Node, call: ModuleCall) -> Addition | None:
+    """``node`` as the addition ``h + f(h)`` of a branch that was computed inside ``call`` from the other summand."""
     if node.name != "add" or len(node.inputs) != 2 or node.inputs[0].shape != node.inputs[1].shape:
         return None
     for stream, branch in (node.inputs, node.inputs[::-1]):

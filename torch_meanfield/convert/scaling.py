@@ -122,7 +122,9 @@ def _where(node: Node) -> str:
     return f"in {node.module}" if node.module else "in forward"
 
 
-def powers(graph: ForwardGraph, span: range, branches: Iterable[Value], stream: Iterable[Value]) -> Powers:
+def powers(
+    graph: ForwardGraph, span: range, branches: Iterable[Value], stream: Iterable[Value]
+) -> tuple[Powers, Powers]:
     """The parameters to scale so that every branch of one block is multiplied by s and nothing else changes.
 
     To the last affines come, with power -1, the weights that read an already scaled tensor inside a gate
@@ -133,6 +135,9 @@ def powers(graph: ForwardGraph, span: range, branches: Iterable[Value], stream: 
         span: the indices of the block's nodes.
         branches: what the residual additions of the block add.
         stream: the results of those additions.
+
+    Returns:
+        the power for each parameter, and that in each value computed from them.
 
     Raises:
         NotScalable: no choice of parameters does; the message is the reason.
@@ -154,7 +159,7 @@ def powers(graph: ForwardGraph, span: range, branches: Iterable[Value], stream: 
 
 def _powers(
     graph: ForwardGraph, span: range, branches: list[Value], stream: list[Value], avoid: frozenset[Value]
-) -> Powers:
+) -> tuple[Powers, Powers]:
     scaled = set().union(*(last_affines(b, avoid) for b in branches))
     result: Powers = dict.fromkeys(scaled, 1)
     degree: dict[Value, int] = dict.fromkeys(scaled, 1)
@@ -170,7 +175,7 @@ def _powers(
     for branch in branches:
         if degree.get(branch, 0) != 1:
             raise NotScalable("the parameters of its last affine layer do not reach it alone")
-    return result
+    return result, degree
 
 
 def _degree(node: Node, degree: dict[Value, int], result: Powers) -> int:

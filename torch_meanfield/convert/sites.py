@@ -1,50 +1,139 @@
 """Where the step is applied: parameters of a module are seen multiplied by it while the module's own forward runs.
 
-The module's class becomes a subclass that only wraps ``forward`` (as ``torch.nn.utils.parametrize`` does with
-properties). Outside of ``forward`` every attribute is what it always was: ``module.weight`` is the parameter itself.
+A :class:`Site` stands in for the ``forward`` of one module, as an attribute of that module: its class, and outside of
+``forward`` every attribute, are what they always were. The stage owns the :class:`Place` and sees at each event that
+whatever module stands there now has a site.
 """
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from torch_meanfield._torch import children_of, parameters_of
-from torch_meanfield.convert.stage import ConvertedStage
+from torch_meanfield._torch import children_of, is_batch_norm, parameters_of
+from torch_meanfield.depth.euler import is_plain, scaled_by
+from torch_meanfield.observe import map_tensors
 
 # The weight that reads a scaled tensor inside a gate is divided by the step, which may be 0. Below this the gate sees
 # a smaller input, of a branch whose share in the update is less than this.
 LEAST_DIVISOR = 2.0**-10
 
-_KEY = "_mean_field_site"
+WAY_OUT = "fold(model) before a tool changes its layers, or convert the model that the tool has made"
+
+
+@dataclass(eq=False)
+class Place:
+    """Where in a block the step of its particle acts, whatever module stands there.
+
+    Attributes:
+        slot, member: the slot of the particle, and which of its blocks.
+        path: qualified name inside the block; empty for the block itself.
+        kind: the class of the module when it was converted.
+        scaled: for each parameter the path of its owner inside the module, its name there, and the power of the step.
+        whole: whether the module's output, multiplied, is what the scaled parameters give.
+        output: whether the output is multiplied in any case, for a branch that no parameter scales.
+        guards: whether the block is entered here: the stage looks after all of its places then.
+        turn: counts the sites that have stood here; only the newest acts.
+    """
+
+    slot: int
+    member: int
+    path: str
+    kind: type[nn.Module]
+    scaled: tuple[tuple[str, str, int], ...] = ()
+    whole: bool = False
+    output: bool = False
+    guards: bool = False
+    turn: int = 0
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether ``module`` is plainly the layer that was converted, and holds the parameters that take the step."""
+        kind = type(module)
+        if kind.forward is not self.kind.forward and not (is_batch_norm(kind) and is_batch_norm(self.kind)):
+            return False
+        owners = [(descend(module, path), name) for path, name, _ in self.scaled]
+        return all(o is not None and parameters_of(o).get(name) is not None for o, name in owners)
+
+    def plain(self, module: nn.Module) -> bool:
+        """Whether the parameters that ``module`` takes the step by are plain real tensors."""
+        return all(is_plain(parameters_of(descend(module, path))[name]) for path, name, _ in self.scaled)
+
+    def changed(self, module: nn.Module | None) -> str:
+        """What has become of the module, for an error."""
+        what = "is gone" if module is None else f"is a {type(module).__name__} now, not the {self.kind.__name__} it was"
+        if module is not None and type(module) is self.kind:
+            what = f"({self.kind.__name__}) holds its parameters in another way now"
+        return f"{self.path or 'the block itself'!r} of a block in slot {self.slot} {what}"
 
 
 class Site:
-    """What one module scales during its forward pass; kept in the module's ``__dict__`` and copied with it.
+    """The ``forward`` of one module at a :class:`Place`; held in the module's ``__dict__`` and copied with it.
 
-    Attributes:
-        stage: the stage whose tau gives the step (not registered: it is a child of another module).
-        slot: the slot of the particle that the module belongs to.
-        scaled: for each parameter the path of its owner inside the module, its name there, and the power of the step.
-        output: whether the output itself is multiplied, for a branch that no parameter scales.
+    Args:
+        stage: whose tau gives the step (not registered: it is a child of another module).
+        place: where the module stands.
     """
 
-    def __init__(
-        self,
-        stage: ConvertedStage,
-        slot: int,
-        scaled: tuple[tuple[str, str, int], ...] = (),
-        *,
-        output: bool = False,
-    ) -> None:
-        self.stage, self.slot, self.scaled, self.output = stage, slot, scaled, output
+    def __init__(self, stage: Any, place: Place) -> None:
+        self.stage, self.place, self.turn = stage, place, place.turn
+        self.module: Any = None  # a weak reference: a module that holds itself is not freed at once
+        self.under: Any = None  # the forward that the module's user had given it
 
-    def owned(self, module: nn.Module) -> list[tuple[nn.Module, str, int]]:
-        """Owner, name and power of each parameter scaled in ``module``."""
-        return [(_descend(module, path), name, power) for path, name, power in self.scaled]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, or the block of the particle whose turn it is."""
+        if self.place.guards and not torch.compiler.is_compiling():
+            return self.stage.enter_(self).run(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass with its scaled parameters."""
+        module, place = self.module(), self.place
+        if module is None:
+            raise RuntimeError(f"{place.changed(None)}: only its forward was kept; {WAY_OUT}")
+        forward = partial(type(module).forward, module) if self.under is None else self.under
+        if not self.acts:
+            return forward(*args, **kwargs)
+        step = self.stage.step(place.slot)
+        takes = not place.output and place.takes(module)
+        if place.output or (place.whole and not (takes and self.under is None and place.plain(module))):
+            return _scaled(forward(*args, **kwargs), step)
+        if not takes:
+            raise RuntimeError(f"{place.changed(module)}, and its step acts on nothing; {WAY_OUT}")
+        kept: list[tuple[dict[str, Any], str, Tensor]] = []
+        try:
+            for path, name, power in place.scaled:
+                parameters: dict[str, Any] = parameters_of(descend(module, path))
+                kept.append((parameters, name, parameters[name]))
+                # As torch.func.functional_call does it, and torch.compile can follow.
+                parameters[name] = scaled_by(parameters[name], factor(step, power))
+            return forward(*args, **kwargs)
+        finally:
+            for parameters, name, parameter in kept:
+                parameters[name] = parameter
+
+    @property
+    def acts(self) -> bool:
+        """Whether a step acts: not where a block is merely entered, nor inside what has taken the layer's place."""
+        return self.turn == self.place.turn and bool(self.place.scaled or self.place.output)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        module = self.module()
+        return inspect.signature(self.under or partial(type(module).forward, module))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "module": self.module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, module=weakref.ref(state["module"]))
 
 
 def factor(step: Tensor, power: int) -> Tensor:
@@ -52,86 +141,47 @@ def factor(step: Tensor, power: int) -> Tensor:
     return step if power == 1 else 1 / step.clamp(min=LEAST_DIVISOR)
 
 
-def multiply(tensor: Tensor, by: Tensor) -> Tensor:
-    """``tensor * by``, computed in the precision of ``by`` and rounded once to that of ``tensor``."""
-    return tensor * by if tensor.dtype == by.dtype else (tensor.to(by.dtype) * by).to(tensor.dtype)
+def _scaled(out: Any, by: Tensor) -> Any:
+    if isinstance(out, Tensor):
+        return scaled_by(out, by)
+    if type(out) not in (tuple, list):
+        raise TypeError(f"a step cannot scale a {type(out).__name__} that a layer of a block returns; {WAY_OUT}")
+    return map_tensors(partial(scaled_by, step=by), out)
 
 
-QUANTISED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by torch.ao.quantization, other layers as they are
-
-
-class StepScaled:
-    """Mixed into the class of a module with a :class:`Site`."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass with its scaled parameters."""
-        site: Site = self.__dict__[_KEY]
-        if self.__dict__.get("qconfig") is not None and isinstance(self, QUANTISED):
-            raise TypeError(
-                f"a {type(self).__name__} of a converted block has a qconfig, but prepare_qat does not know a layer "
-                f"whose weights a step scales, and has left it as it was; fold(model) first"
-            )
-        step = site.stage.step(site.slot)
-        kept: list[tuple[dict[str, Any], str, Tensor]] = []
-        try:
-            for path, name, power in site.scaled:
-                parameters: dict[str, Any] = parameters_of(_descend(self, path))
-                kept.append((parameters, name, parameters[name]))
-                # As torch.func.functional_call does it, and torch.compile can follow.
-                parameters[name] = multiply(parameters[name], factor(step, power))
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            for parameters, name, parameter in kept:
-                parameters[name] = parameter
-        return multiply(out, step) if site.output else out
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _new, (type(self).__mro__[2],), state
-
-
-def _descend(module: Any, path: str) -> Any:
+def descend(module: Any, path: str) -> Any:
+    """The module at ``path`` inside ``module``, or ``None``."""
     for name in path.split(".") if path else ():
-        module = children_of(module)[name]
+        module = None if module is None else children_of(module).get(name)
     return module
 
 
-_scaled_classes: dict[type, type] = {}
-
-
-def _scaled_class(cls: type) -> type:
-    """The subclass of ``cls`` that scales; it has the same name."""
-    if cls not in _scaled_classes:
-        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _scaled_classes[cls] = type(cls.__name__, (StepScaled, cls), body)
-    return _scaled_classes[cls]
-
-
-def _new(cls: type) -> Any:
-    scaled: Any = _scaled_class(cls)
-    return scaled.__new__(scaled)
-
-
 def attach(module: nn.Module, site: Site) -> None:
-    """Let ``module`` scale as ``site`` says.
+    """Let ``module`` run through ``site``.
 
     Raises:
-        TypeError: a module whose class cannot be derived from (a scripted module).
+        TypeError: a module that does not run in Python (a scripted one).
     """
-    scaled = _scaled_class(type(module))
-    module.__class__ = scaled
-    module.__dict__[_KEY] = site
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(f"a step cannot act on a scripted module ({type(module).__name__})")
+    under = module.__dict__.get("forward")
+    while isinstance(under, Site):  # of the copy of a stage that came with the copy of a layer
+        under = under.under
+    site.module, site.under = weakref.ref(module), under
+    module.__dict__["forward"] = site
 
 
 def detach(module: nn.Module) -> None:
     """Undo :func:`attach`."""
-    del module.__dict__[_KEY]
-    module.__class__ = type(module).__mro__[2]
+    under = module.__dict__.pop("forward").under
+    if under is not None:
+        module.__dict__["forward"] = under
 
 
 def site_of(module: nn.Module) -> Site | None:
     """The site of ``module``, if it has one."""
-    return module.__dict__.get(_KEY)
+    site = module.__dict__.get("forward")
+    return site if type(site) is Site else None
 
 
 @contextmanager

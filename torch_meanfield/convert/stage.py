@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_meanfield.convert.sites import WAY_OUT, Place, Site, attach, descend, site_of
+from torch_meanfield.depth.exchangeable import check_alike
 from torch_meanfield.depth.layer import MeanFieldLayer
-from torch_meanfield.depth.tau_axis import projected
+from torch_meanfield.depth.tau_axis import nonnegative, steps_by_slot
 from torch_meanfield.particles import Population, Slice, Stack
 from torch_meanfield.particles.population import Column, named_tensors
 from torch_meanfield.particles.traits import Traits
@@ -24,8 +26,11 @@ class ConvertedStage(MeanFieldLayer):
     Block (or group of blocks) i is the particle in slot i. The blocks run in the order of their slots, as the model's
     own ``forward`` has it, and the particle in slot i takes the step ``tau_i`` minus the next smaller tau. After each
     optimizer step the particles are re-sorted, so that both orders agree; where they are not sorted (automatic
-    re-sorting switched off, averaged copies), the steps are still those of the order of tau, and never negative, while
-    the order of execution is that of the slots.
+    re-sorting switched off, averaged copies), each slot runs the block whose turn it is in the order of tau.
+
+    The stage owns the places where its steps act. When a block runs, and at each re-sort, optimizer step and ``fold``,
+    it sees that the module that stands there now scales: one that was put there later (a synchronised norm, an adapter
+    around the layer, a parametrised weight) is multiplied as a whole where that is the same, else there is an error.
 
     Args:
         particles: for each slot the block, or the blocks that travel together. They are held weakly, and a copy of
@@ -39,6 +44,7 @@ class ConvertedStage(MeanFieldLayer):
     def __init__(self, particles: Sequence[Sequence[nn.Module]], horizon: float) -> None:
         super().__init__()
         self.members = Members(particles)
+        self.places: dict[tuple[int, int], list[Place]] = {}
         columns = self._columns()
         tensors = [t for c in columns for t in c.tensors]
         first = next((t for t in tensors if t.is_floating_point()), None)
@@ -49,14 +55,58 @@ class ConvertedStage(MeanFieldLayer):
     def step(self, slot: int) -> Tensor:
         """The step size of the particle in ``slot``, differentiable; a tensor of shape ``()``."""
         tau = self.tau_axis.positions()
-        if not torch.compiler.is_compiling() and self.tau_axis.is_sorted():
-            return tau[slot] - tau[slot - 1] if slot else tau[0]
-        ascending, order = projected(tau).sort(stable=True)
-        steps = torch.diff(ascending, prepend=ascending.new_zeros(1))
-        return steps[order.argsort()][slot]
+        if not torch.compiler.is_compiling() and self.tau_axis.is_sorted():  # as entering the block saw
+            return nonnegative(tau[slot] - tau[slot - 1] if slot else tau[0])
+        return steps_by_slot(tau)[slot]
+
+    def enter_(self, site: Site) -> Site:
+        """A block is about to run: the site of the block whose turn it is, all of its places seen to."""
+        slot, member = site.place.slot, site.place.member
+        order = self._execution_order()
+        if order is not None and order[slot] != slot:
+            slot = order[slot]
+            site = site_of(self[slot][member]) or site  # a tool's own forward cannot be run in another's place
+        block = site.module()
+        if block is not None:
+            self._hold_(block, slot, member, entered=True)
+        return site
+
+    def check_held_(self) -> None:
+        """See that every step acts on the module that stands at its place now.
+
+        Raises:
+            RuntimeError: a block or a layer is gone, or is one that a step cannot act on; it is named.
+        """
+        for slot, blocks in enumerate(self):
+            for member, block in enumerate(blocks):
+                self._hold_(block, slot, member)
+
+    def _hold_(self, block: nn.Module, slot: int, member: int, entered: bool = False) -> None:
+        for place in self.places.get((slot, member), ()):
+            if entered and not place.path:  # a tool's forward around the block's, if any, has called the block's
+                continue
+            module = descend(block, place.path)
+            site = None if module is None else module.__dict__.get("forward")
+            if type(site) is not Site or site.place is not place or site.turn != place.turn:
+                self._retake_(block, place, module, site)
+
+    def _retake_(self, block: nn.Module, place: Place, module: nn.Module | None, site: Any) -> None:
+        """Let the step act on what a tool has put in place of the layer, or taken away from around it."""
+        wrapped = [n for n, m in block.named_modules() if (s := site_of(m)) and s.place is place]
+        if module is None and wrapped:  # something around the layer and its parent
+            place.path = wrapped[0]
+            return
+        if module is None or not (place.whole or place.output or place.takes(module)):
+            raise RuntimeError(f"{self._label()}: {place.changed(module)}, and its step acts on nothing; {WAY_OUT}")
+        place.turn += 1
+        if type(site) is Site and site.place is place:
+            site.turn = place.turn
+        else:
+            attach(module, Site(self, place))
 
     def population(self) -> Population:
         """The particles: each owns one tensor of every name in its blocks, and its position on the tau axis."""
+        self.check_held_()
         columns: list[Column] = list(self._columns())
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
         mine = set(self.modules())  # a stage may be registered inside a block
@@ -71,16 +121,15 @@ class ConvertedStage(MeanFieldLayer):
         ]
         # The stage itself may be registered inside a block; its names exist there alone.
         tensors = [{n: t for n, t in theirs.items() if id(t) not in mine} for theirs in tensors]
+        check_alike(list(self), tensors, self._label())
         names = {id(t): name for name, t in reversed(tensors[0].items())}.values()
         columns = []
         for name in reversed(list(names)):
-            row = [theirs.get(name) for theirs in tensors]
-            if any(t is None for t in row):
-                raise ValueError(f"a block of {self._label()} lacks the tensor {name.partition('.')[2]!r}")
+            row = [theirs[name] for theirs in tensors]
             # A table that all blocks share belongs to no particle.
             if len(row) > 1 and all(t is row[0] for t in row) and not isinstance(row[0], nn.Parameter):
                 continue
-            columns.append(Stack([t for t in row if t is not None]))
+            columns.append(Stack(row))
         return columns
 
     def __len__(self) -> int:
@@ -139,7 +188,7 @@ class Members:
     """The blocks of a stage, weakly; a copy (or pickle) of the whole model refers to the copied blocks."""
 
     def __init__(self, particles: Sequence[Sequence[nn.Module]]) -> None:
-        self._blocks = tuple(tuple(weakref.ref(m) for m in blocks) for blocks in particles)
+        self.__setstate__([tuple(blocks) for blocks in particles])
 
     def __iter__(self) -> Iterator[tuple[nn.Module, ...]]:
         for blocks in self._blocks:
@@ -154,11 +203,15 @@ class Members:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getstate__(self) -> list[tuple[nn.Module, ...]]:
-        return list(self)
+    def __getstate__(self) -> list[tuple[nn.Module | None, ...]]:
+        return [tuple(ref() for ref in blocks) for blocks in self._blocks]
 
-    def __setstate__(self, state: list[tuple[nn.Module, ...]]) -> None:
-        self.__init__(state)  # type: ignore[misc]
+    def __setstate__(self, state: Sequence[tuple[nn.Module | None, ...]]) -> None:
+        self._blocks = tuple(tuple(_gone if m is None else weakref.ref(m) for m in blocks) for blocks in state)
+
+
+def _gone() -> None:
+    """Stands in for the reference to a block that no longer exists."""
 
 
 class _Blocks(Population):

@@ -59,7 +59,8 @@ class Node:
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of one module: nodes ``start`` to ``end`` (exclusive) ran inside it."""
+    """One call of one module: nodes ``start`` to ``end`` (exclusive) ran inside it; ``literals`` are its arguments
+    that are numbers, words or ``None``."""
 
     name: str
     inputs: list[Value]
@@ -67,6 +68,7 @@ class ModuleCall:
     outputs: list[Value] = field(default_factory=list)
     end: int = 0
     children: list[ModuleCall] = field(default_factory=list)
+    literals: dict[str, Any] = field(default_factory=dict)
 
 
 class ForwardGraph:
@@ -135,6 +137,8 @@ class ForwardGraph:
         """A module is called."""
         inputs = [self.value(t) for t in (*tensors_in(args), *tensors_in(kwargs))]
         call = ModuleCall(name, inputs, len(self.nodes))
+        given = {**{str(i): a for i, a in enumerate(args)}, **kwargs}
+        call.literals = {k: v for k, v in given.items() if v is None or isinstance(v, (bool, int, float, str))}
         if self._stack:
             self._stack[-1].children.append(call)
         self.calls.append(call)

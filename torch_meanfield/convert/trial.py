@@ -7,8 +7,9 @@ whole branches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_meanfield.convert.blocks import Block
+from torch_meanfield.convert.description import attributes_of
 from torch_meanfield.convert.residual import nested_additions
-from torch_meanfield.convert.sites import Site, attached
+from torch_meanfield.convert.sites import Place, Site, attached, descend
 from torch_meanfield.convert.trace import trace
-from torch_meanfield.observe import map_tensors, run, tensors_in, undisturbed
+from torch_meanfield.observe import anew, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, randomise_
 from torch_meanfield.particles.population import named_tensors
 
@@ -38,7 +40,7 @@ class BlockInputs:
         for name in names:
 
             def keep(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                self.by_name[name] = (map_tensors(_cloned, args), map_tensors(_cloned, kwargs))
+                self.by_name[name] = anew(_cloned, (args, kwargs))
 
             handles.append(modules[name].register_forward_pre_hook(keep, with_kwargs=True))
         try:
@@ -55,14 +57,18 @@ class Trial:
 
     Args:
         block: what is known of the block.
-        module: its module, which is left as it is.
+        part: the name of one of its modules.
+        module: that module, which is left as it is.
         inputs: the positional and the keyword arguments of its call.
     """
 
-    def __init__(self, block: Block, module: nn.Module, inputs: tuple[Any, Any]) -> None:
+    def __init__(self, block: Block, part: str, module: nn.Module, inputs: tuple[Any, Any]) -> None:
         self.block = block
         self.module = deepcopy(module).double().eval()
-        self.args, self.kwargs = map_tensors(_doubled, inputs[0]), map_tensors(_doubled, inputs[1])
+        self.args, self.kwargs = anew(_doubled, inputs)
+        if block.output is not None and part == block.name:
+            self.module = _Added(self.module, block.output)
+            self.args = (tensors_in(inputs)[0].new_zeros((), dtype=torch.float64), *self.args)
         for scale in (1.0, 0.3, 0.1):
             randomise_(self.module, Draws(0), scale)
             self.output = self.run(self.module)
@@ -70,12 +76,18 @@ class Trial:
                 break
         self.magnitude = max(float(self.output.abs().max()), 1e-30) if self.output.numel() else math.nan
 
-    def run(self, module: nn.Module | Callable[..., Any], mode: TorchFunctionMode | None = None) -> Tensor:
+    def run(
+        self,
+        module: nn.Module | Callable[..., Any],
+        mode: TorchFunctionMode | None = None,
+        *,
+        training: bool = False,
+    ) -> Tensor:
         """All outputs as one vector."""
         if isinstance(module, nn.Module):
-            module.train().eval()  # clears tables that some blocks cache in eval mode
+            module.train().train(training)  # clears tables that some blocks cache in eval mode
         with undisturbed():
-            args, kwargs = map_tensors(_cloned, self.args), map_tensors(_cloned, self.kwargs)
+            args, kwargs = anew(_cloned, (self.args, self.kwargs))
             if mode is None:
                 out = module(*args, **kwargs)
             else:
@@ -91,21 +103,42 @@ class Trial:
         change = float((one - other).abs().max()) / self.magnitude
         return math.inf if math.isnan(change) else change
 
-    def same_function(self, other: nn.Module) -> str | None:
-        """Whether ``other``, given this block's tensors, computes the same; the reason if it does not."""
+    def same_function(self, other: nn.Module, ignore: Sequence[str] = (), *, training: bool = False) -> str | None:
+        """Whether ``other``, given this block's tensors, computes the same; the reason if it does not.
+
+        Args:
+            ignore: patterns of attributes that are made equal before.
+            training: whether to compare in ``train()`` too, with the same random numbers.
+        """
         theirs = named_tensors(self.module)
-        other.train().eval()
+        other = deepcopy(other) if ignore or training else other
+        if isinstance(self.module, _Added):
+            other = _Added(other, self.module.output)
+        for mine, its in zip(self.module.modules(), other.modules(), strict=True) if ignore else ():
+            own = attributes_of(mine)
+            its.__dict__.update({n: v for n, v in own.items() if any(fnmatchcase(n, pattern) for pattern in ignore)})
+
+        def with_theirs(*args: Any, **kwargs: Any) -> Any:
+            tensors = {name: t.clone() for name, t in theirs.items()} if training else theirs
+            return torch.func.functional_call(other, tensors, args, kwargs)
+
         try:
-            out = self.run(lambda *a, **k: torch.func.functional_call(other, theirs, a, k))
+            for mode in (False, True) if training else (False,):
+                here = self.run(deepcopy(self.module), training=True) if mode else self.output
+                other.train().train(mode)
+                change = self.distance(self.run(with_theirs), here)
+                if not change <= TOLERANCE:
+                    return f"with equal tensors its output differs by {change:.0e}" + " in training" * mode
         except Exception as error:
             return f"with equal tensors it fails ({type(error).__name__}: {error})"
         finally:
             other.train().eval()
-        change = self.distance(out, self.output)
-        return None if change <= TOLERANCE else f"with equal tensors its output differs by {change:.0e}"
+        return None
 
     def scales(self) -> str | None:
         """Whether scaling the parameters is scaling the branches; the reason if it is not."""
+        if not self.output.numel():
+            return "its output holds no real floating-point numbers; a MeanFieldSequential takes complex branches"
         self.module.train().eval()
         graph = trace(_Called(self.module, self.args, self.kwargs), ())
         call = next(c for c in graph.calls if c.name == "module")
@@ -113,11 +146,13 @@ class Trial:
         if len(found) != len(self.block.branches):
             return f"in double precision it shows {len(found)} additions, not {len(self.block.branches)}"
         stages = _Constant()
+        owner = self.module.module if isinstance(self.module, _Added) else self.module
         for value in FACTORS:
             additions = {a.node.index - call.start: a.node.inputs.index(a.branch) for a in found}
             expected = self.run(self.module, _Scaling(additions, value))
             stages.value = self.output.new_tensor(value)
-            with attached(make_sites(self.block, self.module, stages, 0)):
+            places = make_places(self.block, owner)
+            with attached({descend(owner, p.path): Site(stages, p) for p in places}):
                 got = self.run(self.module)
             change = self.distance(got, expected)
             if change > TOLERANCE:
@@ -137,17 +172,15 @@ class _Constant:
         return self.value
 
 
-def make_sites(block: Block, module: nn.Module, stage: Any, slot: int) -> dict[nn.Module, Site]:
-    """The sites of one block by module; ``module`` is the block's own, or a copy of it."""
-    by_site: dict[str, list[tuple[str, str, int]]] = {}
+def make_places(block: Block, module: nn.Module, slot: int = 0, member: int = 0) -> list[Place]:
+    """Where the step acts in one block; ``module`` is the block's own, or a copy of it."""
+    places: dict[str, Place] = {}
     for s in block.scaled:
-        scaled = by_site.setdefault(s.site, [])
+        kind = type(module.get_submodule(s.site))
+        place = places.setdefault(s.site, Place(slot, member, s.site, kind, whole=s.whole, output=not s.name))
         if s.name:
-            scaled.append((s.owner[len(s.site) :].lstrip("."), s.name, s.power))
-    return {
-        module.get_submodule(name): Site(stage, slot, tuple(scaled), output=not scaled)
-        for name, scaled in by_site.items()
-    }
+            place.scaled += ((s.owner[len(s.site) :].lstrip("."), s.name, s.power),)
+    return list(places.values())
 
 
 class _Called(nn.Module):
@@ -159,8 +192,21 @@ class _Called(nn.Module):
         self.eval()
 
     def forward(self) -> Any:
-        args, kwargs = self.given
-        return self.module(*map_tensors(_cloned, args), **map_tensors(_cloned, kwargs))
+        args, kwargs = anew(_cloned, self.given)
+        return self.module(*args, **kwargs)
+
+
+class _Added(nn.Module):
+    """A block of a loop: the addition that the loop makes, to a stream of zeros."""
+
+    def __init__(self, module: nn.Module, output: int) -> None:
+        super().__init__()
+        self.module, self.output = module, output
+
+    def forward(self, stream: Tensor, *args: Any, **kwargs: Any) -> Any:
+        outputs = tensors_in(self.module(*args, **kwargs))
+        outputs[self.output] = stream + outputs[self.output]
+        return outputs
 
 
 class _Scaling(TorchFunctionMode):

@@ -11,7 +11,6 @@ backward pass and the next forward pass, with cold caches, they are four to ten 
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torch_meanfield.depth.sorting import Sortable, sort_
-from torch_meanfield.depth.tau_axis import TauAxis
+from torch_meanfield.depth.tau_axis import TauAxis, ascending
 from torch_meanfield.particles.averages import trained_by_itself
 from torch_meanfield.particles.holders import held_by_optimizers
 from torch_meanfield.particles.no_compile import eagerly
@@ -81,7 +80,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped: list[tuple[tuple[int, int], Sortable, TauAxis]] = []
     for known in list(_layers.values()):
         layer = known.layer()
-        if layer is None or not layer.auto_resort or not layer.training:
+        if layer is None or not layer.auto_resort:
             continue
         axis = layer.tau_axis
         tau = axis.offset
@@ -100,6 +99,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped.sort(key=lambda entry: entry[0])
     taus = []
     for _, layer, axis in stepped:
+        layer.check_held_()
         trained_by_itself(layer)
         axis.keep_exact_()
         taus.append(axis.read())
@@ -157,11 +157,9 @@ def _in_order(taus: list[Tensor]) -> bool:
     for together in by_device.values():
         times = (together[0] if len(together) == 1 else torch.cat(together)).tolist()
         for tau in together:
-            before, mine, times = 0.0, times[: len(tau)], times[len(tau) :]
-            for time in mine:
-                if not before <= time < math.inf:  # crossings, positions below 0, nan and inf at once
-                    return False
-                before = time
+            if not ascending(times[: len(tau)]):
+                return False
+            times = times[len(tau) :]
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from torch_meanfield._torch import children_of, convolve, is_called_plainly, is_watched, multiplied, parameters_of
 
-_AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What torch makes of these classes; programs that patch ``nn.Linear.forward`` give it another meaning.
+_AFFINE: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_SEQUENTIAL = nn.Sequential.forward
+_WRAPPERS = ("torch._subclasses", "torch.distributed")  # tensor classes that stand for the plain tensors behind them
 Affine = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 # Entries up to which the scaled weights of all branches are made at once: a call for each is then the larger cost, and
@@ -23,8 +27,9 @@ def euler_step(x: Tensor, branch: nn.Module, step: Tensor) -> Tensor:
 
     A branch that is an ``nn.Sequential`` ending in a convolution or a linear layer (or is one itself) is computed
     with that layer's weight and bias times ``step``, which is the same in algebra and costs a pass over weights
-    instead of one over activations. Any other branch goes through ``addcmul``. At ``step == 1`` both give the bits of
-    ``x + branch(x)``.
+    instead of one over activations. Any other branch goes through ``addcmul``: one with hooks or a forward of its own
+    there, or whose weights are no plain real tensors (complex, sparse, quantised, of a tensor subclass). At
+    ``step == 1`` both give the bits of ``x + branch(x)``.
 
     Args:
         x: residual stream, any shape.
@@ -33,6 +38,7 @@ def euler_step(x: Tensor, branch: nn.Module, step: Tensor) -> Tensor:
 
     Raises:
         ValueError: the branch's output has another shape than x (plain addition might broadcast it silently).
+        TypeError: its output is no tensor.
     """
     return euler_steps(x, (branch,), (step,))
 
@@ -43,32 +49,41 @@ def euler_steps(x: Tensor, branches: Sequence[nn.Module], steps: Sequence[Tensor
     scaled = _scaled_at_once(plans, steps) if len(steps) > 1 else {}
     for i, (branch, step, plan) in enumerate(zip(branches, steps, plans, strict=True)):
         if plan is None:
-            x = _unfolded(x, branch(x), step)
+            x = _unfolded(x, checked(x, branch(x), branch, i), step)
             continue
         body, last = plan
         h = x
         for module in body:
             h = module(h)
         weight, bias = scaled.get(i) or (
-            _scale(last.weight, step),
-            None if last.bias is None else _scale(last.bias, step),
+            scaled_by(last.weight, step),
+            None if last.bias is None else scaled_by(last.bias, step),
         )
         update = F.linear(h, weight, bias) if isinstance(last, nn.Linear) else convolve(last, h, weight, bias)
-        _check_shape(x, update)
-        x = x + update
+        x = x + checked(x, update, branch, i)
     return x
 
 
 def _unfolded(x: Tensor, out: Tensor, step: Tensor) -> Tensor:
-    _check_shape(x, out)
     if x.dtype == out.dtype == step.dtype:
         return torch.addcmul(x, out, step)
-    # Narrow activations: multiply in the step's precision and round once. A bfloat16 step would be off by 0.4 %.
-    return x + (out.to(step.dtype) * step).to(out.dtype)
+    return x + scaled_by(out, step)
 
 
-def _scale(t: Tensor, step: Tensor) -> Tensor:
-    return t * step if t.dtype == step.dtype else (t.to(step.dtype) * step).to(t.dtype)
+def scaled_by(t: Tensor, step: Tensor) -> Tensor:
+    """``t * step``; of narrow floats in the precision of ``step``, rounded once: a bfloat16 step is off by 0.4 %."""
+    if t.is_floating_point() and t.dtype.itemsize < step.dtype.itemsize:
+        return (t.to(step.dtype) * step).to(t.dtype)
+    return t * step
+
+
+def is_plain(t: Tensor | None) -> bool:
+    """Whether ``t`` is an ordinary dense tensor of real numbers that can be multiplied (or ``None``)."""
+    if t is None:
+        return True
+    if type(t) not in (nn.Parameter, Tensor) and not type(t).__module__.startswith(_WRAPPERS):
+        return False
+    return t.layout == torch.strided and t.is_floating_point() and t.dtype.itemsize > 1
 
 
 def _scaled_at_once(
@@ -97,26 +112,37 @@ def _scaled_at_once(
     return scaled
 
 
-def _check_shape(x: Tensor, out: Tensor) -> None:
+def checked(x: Tensor, out: Any, branch: nn.Module, i: int) -> Tensor:
+    """``out``, what the i-th branch to run has put out, if it can be added to ``x``."""
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"residual branch {i} ({type(branch).__name__}) must return one tensor, got a {type(out).__name__}; wrap "
+            f"it in a module that returns the tensor to add alone"
+        )
     if x.shape != out.shape:
         raise ValueError(
-            f"a residual branch must keep the shape of its input, {tuple(x.shape)}; got {tuple(out.shape)}"
+            f"a residual branch must keep the shape of its input, {tuple(x.shape)}; got {tuple(out.shape)} from "
+            f"branch {i} ({type(branch).__name__})"
         )
+    return out
 
 
 def _foldable(branch: nn.Module) -> tuple[list[nn.Module], Affine] | None:
     """The modules before the last affine layer, and that layer; ``None`` where the branch must be called whole.
 
-    Hooks on a module that would be bypassed must still fire, and one that was compiled by ``Module.compile`` must run
-    compiled, so such a branch or last layer is called whole.
+    Hooks on a module that would be bypassed must still fire, one that was compiled by ``Module.compile`` must run
+    compiled, and a forward of an instance's or a program's own must be run, so such a branch or layer is called whole.
     """
     body: list[nn.Module] = []
     last = branch
-    while type(last).forward is nn.Sequential.forward:
+    while type(last).forward is _SEQUENTIAL and cast(Any, type(last)).__iter__ is nn.Sequential.__iter__:
         children = list(children_of(last).values())
         if not children or None in children or not is_called_plainly(last):
             return None
         body += children[:-1]  # type: ignore[arg-type]
         last = children[-1]  # type: ignore[assignment]
     # exact types: a subclass or a parametrised layer may give its weight another meaning
-    return (body, last) if type(last) in _AFFINE and is_called_plainly(last) else None  # type: ignore[return-value]
+    if _AFFINE.get(type(last)) is not type(last).forward or not is_called_plainly(last):
+        return None
+    affine = cast(Affine, last)
+    return (body, affine) if is_plain(affine.weight) and is_plain(affine.bias) else None

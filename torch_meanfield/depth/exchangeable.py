@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torch_meanfield.particles.population import named_tensors
@@ -49,6 +49,40 @@ def check_exchangeable(branches: Sequence[nn.Module]) -> None:
                     f"branches[{i}] differs from branches[0] at {name or 'its top'!r}: it {what} {theirs.get(name)}, "
                     f"branches[0] {ours.get(name)}; only branches of one shape and configuration can change places"
                 )
+
+
+def check_alike(particles: Sequence[Sequence[nn.Module]], tensors: Sequence[Mapping[str, Tensor]], label: str) -> None:
+    """Raise if what the blocks of a layer hold *now* cannot change places: a tool may have changed some of them.
+
+    Args:
+        particles: the modules of each particle.
+        tensors: what each holds, by the number of the module and the name in it: ``"0.weight"``.
+        label: of the layer.
+
+    Raises:
+        ValueError: a particle holds a tensor that the first does not hold, or not in the same kind of module; named.
+    """
+
+    def kinds(modules: Sequence[nn.Module], theirs: Mapping[str, Tensor]) -> dict[str, str]:
+        owners = {
+            f"{k}.{name}." if name else f"{k}.": m for k, b in enumerate(modules) for name, m in b.named_modules()
+        }
+        return {
+            n: f"a {'parameter' if isinstance(t, nn.Parameter) else 'buffer'} of a "
+            f"{type(owners[n[: n.rindex('.') + 1]]).__name__}"
+            for n, t in theirs.items()
+        }
+
+    first = kinds(particles[0], tensors[0])
+    for i in range(1, len(particles)):
+        theirs = kinds(particles[i], tensors[i])
+        if theirs != first:
+            name = next(n for n in [*first, *theirs] if theirs.get(n) != first.get(n))
+            raise ValueError(
+                f"{label}: {name.partition('.')[2]!r} is {theirs.get(name, 'absent')} in block {i} and "
+                f"{first.get(name, 'absent')} in block 0; blocks change places with all they hold, so do to each of "
+                f"them what was done to one (an adapter, a frozen norm, a parametrised weight), or undo it"
+            )
 
 
 def _tensors(branch: nn.Module) -> dict[str, str]:

@@ -14,7 +14,14 @@ from torch_meanfield._torch import buffers_of, children_of, parameters_of
 from torch_meanfield.depth import resample
 from torch_meanfield.depth.after_step import register
 from torch_meanfield.depth.sorting import sort_
-from torch_meanfield.depth.tau_axis import TauAxis, check_positions, check_tau_entries, differences, projected
+from torch_meanfield.depth.tau_axis import (
+    TauAxis,
+    check_positions,
+    check_tau_entries,
+    differences,
+    plain_value,
+    projected,
+)
 from torch_meanfield.particles import Population
 from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.loading import loaded_whole
@@ -136,6 +143,33 @@ class MeanFieldLayer(nn.Module):
                     f"branches change places its values go with the branch. Give the other module one of its own, or "
                     f"keep the branch out of the layer"
                 )
+
+    def check_held_(self) -> None:
+        """See that the steps act on all branches: a layer whose branches lie elsewhere overrides this."""
+
+    def _execution_order(self) -> list[int] | None:
+        """Slots in the order of tau, or ``None`` where they are in it already.
+
+        The re-sorting behind every optimizer step keeps them so, and nothing is read from an accelerator then. They
+        can be out of order after tau was written by hand, with automatic re-sorting off, and in averaged copies. Under
+        ``vmap`` no value can be read, and the slots are taken to be sorted.
+        """
+        # An average's tau may cross while its places follow the model's, and averages are swapped in unseen.
+        averaged = not self.training and lineage_of(self).averaged
+        if torch.compiler.is_compiling():
+            return self._read_order() if averaged else None  # breaks the graph, and says so under fullgraph
+        return None if not averaged and self.tau_axis.in_order() else self._read_order()
+
+    def _read_order(self) -> list[int] | None:
+        positions = plain_value(self.tau_axis.read())
+        if positions is None:
+            return None
+        # item by item: tolist() fails inside the function transforms of torch 2.6
+        order = [int(i) for i in positions.clamp(min=0).argsort(stable=True).cpu()]
+        if order == list(range(len(order))) and not bool((positions < 0).any()):
+            self.tau_axis.mark_sorted()
+            return None
+        return order
 
     @abstractmethod
     def __iter__(self) -> Iterator[Any]:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torch_meanfield._torch import children_of
-from torch_meanfield.depth.euler import euler_step, euler_steps
-from torch_meanfield.depth.exchangeable import check_exchangeable
+from torch_meanfield.depth.euler import checked, euler_step, euler_steps
+from torch_meanfield.depth.exchangeable import check_alike, check_exchangeable
 from torch_meanfield.depth.layer import MeanFieldLayer
-from torch_meanfield.depth.tau_axis import check_horizon, differences, plain_value, projected
+from torch_meanfield.depth.tau_axis import check_horizon, differences, nonnegative, projected, steps_by_slot
 from torch_meanfield.particles import Population, Slice, Stack
-from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import Column, named_tensors
 from torch_meanfield.particles.traits import Traits
 
@@ -93,7 +92,8 @@ class MeanFieldSequential(MeanFieldLayer):
 
     def population(self) -> Population:
         """The branches as particles: each owns one tensor of every name in a branch, and its place on the tau axis."""
-        tensors = [named_tensors(branch) for branch in self]
+        tensors = [{f"0.{name}": t for name, t in named_tensors(branch).items()} for branch in self]
+        check_alike([(branch,) for branch in self], tensors, self._label())
         names = {id(t): name for name, t in tensors[0].items()}.values()  # a tensor tied inside a branch counts once
         columns: list[Column] = [Stack([t[name] for t in tensors]) for name in names]
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
@@ -106,15 +106,17 @@ class MeanFieldSequential(MeanFieldLayer):
         """Run eq. (15) from ``x``; the result has the shape of ``x``."""
         euler = self.solver is euler_step
         recomputes = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-        if self.tau_axis.unit_steps and euler:
-            for branch in self:
-                x = _recomputed(_plain_step, x, branch) if recomputes else _plain_step(x, branch)
+        if euler and self.tau_axis.has_unit_steps():
+            for i, branch in enumerate(self):
+                x = _recomputed(_plain_step, x, branch, i) if recomputes else _plain_step(x, branch, i)
             return x
         order = self._execution_order()
         tau = self.tau_axis.positions()
         if order is not None:
-            tau = projected(tau)[order]
-        steps = differences(tau).unbind()
+            each = differences(projected(tau)[order])
+        else:  # compiled code runs the branches by slot, unread
+            each = steps_by_slot(tau) if torch.compiler.is_compiling() else nonnegative(differences(tau))
+        steps = each.unbind()
         branches = list(self) if order is None else [self[i] for i in order]
         if euler and not recomputes:
             return euler_steps(x, branches, steps)
@@ -122,29 +124,30 @@ class MeanFieldSequential(MeanFieldLayer):
             x = _recomputed(self.solver, x, branch, step) if recomputes else self.solver(x, branch, step)
         return x
 
-    def _execution_order(self) -> list[int] | None:
-        """Slots in the order of tau, or ``None`` where the slots are known to be in it.
-
-        The hook behind every optimizer step keeps the slots sorted, so training never waits for the device here. They
-        can be out of order after tau was written by hand, in a model trained in ``eval()``, and in averaged copies.
-        Under ``vmap`` no value can be read, and the slots are taken to be sorted.
-        """
-        # An average's tau may cross while its places follow the model's, and averages are swapped in unseen.
-        averaged = not self.training and lineage_of(self).averaged
-        if torch.compiler.is_compiling():
-            return _read_order(self) if averaged else None  # reading breaks the graph, and says so under fullgraph
-        if not averaged and self.tau_axis.is_sorted():
-            return None
-        return _read_order(self)
-
     # -- a sequence of branches --------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(children_of(self)) - 1  # all but the tau axis
+        return self.tau_axis.anchor.numel()
 
     def __iter__(self) -> Iterator[nn.Module]:
         blocks = children_of(self)
-        return iter([cast(nn.Module, blocks[str(i)]) for i in range(len(self))])
+        branches = [blocks.get(str(i)) for i in range(len(self))]
+        if len(blocks) != len(branches) + 1 or None in branches:  # and the tau axis
+            raise self._fixed()
+        return iter(cast("list[nn.Module]", branches))
+
+    def append(self, *args: Any) -> None:
+        """Not possible: a layer keeps its number of branches."""
+        raise self._fixed()
+
+    insert = extend = pop = __delitem__ = append
+
+    def _fixed(self) -> RuntimeError:
+        names = [name for name in children_of(self) if name != "tau_axis"]
+        return RuntimeError(
+            f"{self._label()}: a layer keeps the {len(self)} branches that its tau axis has places for, and it holds "
+            f"{names}; make another of them, MeanFieldSequential(*branches), and place them by set_tau_"
+        )
 
     def __getitem__(self, i: int) -> nn.Module:
         """The branch in slot i: the i-th particle in the order of tau."""
@@ -164,17 +167,5 @@ def _recomputed(step: Callable[..., Tensor], *args: Any) -> Tensor:
     return checkpoint(step, *args, use_reentrant=False)  # type: ignore[no-any-return, unused-ignore]
 
 
-def _plain_step(x: Tensor, branch: nn.Module) -> Tensor:
-    return x + cast(Tensor, branch(x))
-
-
-def _read_order(layer: MeanFieldSequential) -> list[int] | None:
-    positions = plain_value(layer.tau_axis.read())
-    if positions is None:
-        return None
-    # item by item: tolist() fails inside the function transforms of torch 2.6
-    order = [int(i) for i in positions.clamp(min=0).argsort(stable=True).cpu()]
-    if order == list(range(len(order))) and not bool((positions < 0).any()):
-        layer.tau_axis.mark_sorted()
-        return None
-    return order
+def _plain_step(x: Tensor, branch: nn.Module, i: int) -> Tensor:
+    return x + checked(x, branch(x), branch, i)

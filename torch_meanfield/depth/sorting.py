@@ -19,10 +19,13 @@ class Sortable(Protocol):
 
     tau_axis: TauAxis
     auto_resort: bool
-    training: bool
 
     def population(self) -> Population:
         """The particles, in the order of their slots."""
+        ...
+
+    def check_held_(self) -> None:
+        """See that the steps act on all branches, wherever those lie."""
         ...
 
     def _label(self) -> str: ...

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_meanfield._torch import untransformed, version_of
+from torch_meanfield._torch import is_watched, untransformed, version_of
 from torch_meanfield.particles.copying import is_sharded, whole, write_
 
 
@@ -105,9 +105,13 @@ class TauAxis(nn.Module):
         return self.anchor + whole(offset)
 
     @torch.no_grad()
-    def place_(self, values: Tensor) -> None:
-        """Put the particles at ``values`` (by slot), exactly; what they had learned is part of that now."""
-        self.anchor.copy_(values)
+    def place_(self, values: Tensor | Sequence[float]) -> None:
+        """Put the particles at ``values`` (by slot), exactly; what they had learned is part of that now.
+
+        Raises:
+            ValueError: not one finite value for each particle. Those below 0 are put at 0.
+        """
+        self.anchor.copy_(check_positions(values, self))
         self.unit_steps = False
         if self.offset is not None:
             self.offset.zero_()
@@ -136,6 +140,30 @@ class TauAxis(nn.Module):
     def is_sorted(self) -> bool:
         """Whether the slots are known to be in the order of tau, without reading it."""
         return self._sorted_at == self.version()
+
+    def in_order(self) -> bool:
+        """Whether the slots are in the order of tau, which is read where that is free: on the CPU, in eager code.
+
+        A write through ``tau.data`` is seen by its values alone. Elsewhere it is seen at the next optimizer step.
+        """
+        if not self.is_sorted():
+            return False
+        if not self._is_readable():
+            return True
+        self.mark_sorted(ascending(self.read().tolist()))
+        return self.is_sorted()
+
+    def has_unit_steps(self) -> bool:
+        """Whether every step is exactly 1 and stays so."""
+        if not self.unit_steps or torch.compiler.is_compiling() or not self._is_readable():
+            return self.unit_steps
+        return bool(self.anchor.tolist() == list(range(1, self.anchor.numel() + 1)))
+
+    def _is_readable(self) -> bool:
+        """Whether a read of the positions costs nothing and disturbs nobody."""
+        if self.offset is not None and is_sharded(self.offset):
+            return False
+        return self.anchor.is_cpu and not is_watched() and not cast(Any, torch).jit.is_tracing()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
@@ -180,6 +208,16 @@ def _grid(n: int, horizon: float, device: torch.device | None, dtype: torch.dtyp
     return torch.arange(1, n + 1, device=device, dtype=dtype) * (horizon / n)
 
 
+def ascending(times: Iterable[float]) -> bool:
+    """Whether ``times`` are finite, not below 0 and in order."""
+    before = 0.0
+    for time in times:
+        if not before <= time < math.inf:  # crossings, positions below 0, nan and inf at once
+            return False
+        before = time
+    return True
+
+
 def differences(tau: Tensor) -> Tensor:
     """Each position minus the one before it, the first minus 0; differentiable, shape ``(n,)``."""
     return tau - F.pad(tau, (1, -1))  # in half the time of torch.diff with its gradient
@@ -191,6 +229,17 @@ def projected(tau: Tensor) -> Tensor:
     ``clamp(min=0)`` gives it none (in torch 2.15), and a particle that :meth:`TauAxis.project_` put there would stay.
     """
     return torch.where(tau < 0, torch.zeros_like(tau), tau)
+
+
+def nonnegative(steps: Tensor) -> Tensor:
+    """``steps`` of slots in order; on an accelerator, where the order is not read, none of them below 0."""
+    return steps if steps.is_cpu else projected(steps)
+
+
+def steps_by_slot(tau: Tensor) -> Tensor:
+    """The step of the particle in each slot, in whatever order they are: its tau minus the next smaller one."""
+    ascending, order = projected(tau).sort(stable=True)
+    return torch.diff(ascending, prepend=ascending.new_zeros(1))[order.argsort()]
 
 
 def check_horizon(horizon: float | None, n: int) -> float:

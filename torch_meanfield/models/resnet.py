@@ -16,6 +16,12 @@ from torch_meanfield.models.intermediates import forward_intermediates
 from torch_meanfield.particles.loading import check_entries, loaded_whole
 
 BlockType = Literal["basic", "bottleneck", "resnext"]
+_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "avg": lambda x: x.mean(dim=(2, 3)),
+    "max": lambda x: x.amax(dim=(2, 3)),
+    "avgmax": lambda x: 0.5 * (x.mean(dim=(2, 3)) + x.amax(dim=(2, 3))),
+}
 _LAYERS_PER_BLOCK = {"basic": 2, "bottleneck": 3, "resnext": 3}
 _STAGES = 3
 
@@ -56,12 +62,14 @@ class MeanFieldResNet(nn.Module):
         tau_init: ``"uniform"`` or ``"random"``, see :class:`MeanFieldSequential`.
         learn_tau: ``False`` gives the vanilla twin, with the same initial weights under the same seed.
         drop_rate: dropout before the classifier.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, or ``""`` for an unpooled feature map (without a classifier).
 
     Shape:
         input ``(B, in_chans, H, W)``, output ``(B, num_classes)``. H and W of at least 4 (CIFAR: 32).
 
     Raises:
-        ValueError: a depth that the block type does not have, an unknown block type, a size below 1.
+        ValueError: a depth that the block type does not have, an unknown block type or pooling, a size below 1, a
+            classifier without pooling.
 
     Source: Lu et al. 2020, section 5; He et al. 2016 (pre-activation), He et al. 2015 (initialisation), Xie et al.
         2017 (ResNeXt). Parameters, in millions: ResNet-20/32/44/56/110 0.27/0.46/0.66/0.85/1.7, ResNet-164 1.7,
@@ -86,6 +94,7 @@ class MeanFieldResNet(nn.Module):
         tau_init: Literal["uniform", "random"] = "uniform",
         learn_tau: bool = True,
         drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         blocks = _blocks_per_stage(depth, block)
         for name, value, least in (
@@ -96,6 +105,7 @@ class MeanFieldResNet(nn.Module):
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        _check_head(num_classes, global_pool)
         super().__init__()
         self.depth, self.block = depth, block
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
@@ -122,7 +132,7 @@ class MeanFieldResNet(nn.Module):
         self.num_features = self.head_hidden_size = chans
         self.norm = nn.BatchNorm2d(chans)
         self.act = nn.ReLU()
-        self.global_pool = "avg"
+        self.global_pool = global_pool
         self.fc: nn.Module = nn.Linear(chans, num_classes) if num_classes else nn.Identity()
         self.init_weights()
         if tau_init == "random":  # last, so that the twins draw the same weights
@@ -164,8 +174,7 @@ class MeanFieldResNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, drop and classify a feature map; ``pre_logits=True`` stops before the classifier."""
-        if self.global_pool:
-            x = x.mean(dim=(2, 3))
+        x = _POOLS[self.global_pool](x)
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else cast(Tensor, self.fc(x))
 
@@ -177,26 +186,22 @@ class MeanFieldResNet(nn.Module):
         """Feature maps of chosen stages, as in timm: see :func:`.intermediates.forward_intermediates`."""
         return forward_intermediates(self.stem, self.stages(), self._normed, x, **kwargs)
 
-    def get_classifier(self) -> nn.Module:
-        """The classifier, an ``nn.Linear`` or ``nn.Identity``."""
-        return self.fc
+    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
+        """The classifier, an ``nn.Linear`` or ``nn.Identity``; or its name."""
+        return "fc" if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier in place; 0 classes leave it out.
 
         Args:
             num_classes: size of the new output.
-            global_pool: ``"avg"``, or ``""`` to leave the feature map unpooled (then ``num_classes`` must be 0);
-                ``None`` keeps it.
+            global_pool: as in the constructor; ``None`` keeps it.
 
         Raises:
             ValueError: an unknown pooling, a negative number of classes, or a classifier without pooling.
         """
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in ("avg", ""):
-            raise ValueError(f"global_pool must be 'avg' or '' (none), got {global_pool!r}")
-        if num_classes < 0 or (num_classes and not pool):
-            raise ValueError(f"num_classes must be >= 0, and 0 without pooling; got {num_classes} with {pool!r}")
+        _check_head(num_classes, pool)
         self.num_classes, self.global_pool = num_classes, pool
         weight = self.norm.weight
         self.fc = (
@@ -242,6 +247,13 @@ class MeanFieldResNet(nn.Module):
             check_tau_entries(state_dict, f"{name}.")
         load = super().load_state_dict
         return loaded_whole(self, state_dict, lambda: load(state_dict, strict=strict, assign=assign))
+
+
+def _check_head(num_classes: int, pool: str) -> None:
+    if pool not in _POOLS:
+        raise ValueError(f"global_pool must be one of {', '.join(map(repr, _POOLS))}, got {pool!r}")
+    if num_classes < 0 or (num_classes and not pool):
+        raise ValueError(f"num_classes must be >= 0, and 0 without pooling; got {num_classes} with {pool!r}")
 
 
 def _blocks_per_stage(depth: int, block: str) -> int:

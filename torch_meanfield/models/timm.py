@@ -5,6 +5,9 @@
     >>> timm.create_model("meanfield_resnet20", num_classes=7)(torch.randn(2, 3, 32, 32)).shape
     torch.Size([2, 7])
 
+timm's own model tests pass for them, but for those of ``torch.fx`` and ``torch.jit.script``, and of pretrained weights,
+which do not exist.
+
 A training script need not be edited: something must import this before it makes its model. timm's own ``train.py``
 does so with ``--device-modules``, which imports whatever modules it is given::
 

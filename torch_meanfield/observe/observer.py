@@ -7,17 +7,19 @@ branches can watch the additions.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import BoundArguments
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_meanfield._torch import backward_hooks, backward_pre_hooks, forward_hooks, forward_pre_hooks, may_compile
+from torch_meanfield._torch import may_compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,45 +83,13 @@ def plain_name(func: Callable[..., Any]) -> str:
     return name
 
 
-def private_copy(
-    model: nn.Module, *, share_parameters: bool = False, parameters: Mapping[int, nn.Parameter] | None = None
-) -> nn.Module:
-    """A deep copy in ``eval()`` without the hooks of its user; whatever is done to it, ``model`` does not notice.
-
-    Hooks of ``torch.nn.utils`` stay, since weight and spectral normalisation compute their weights in them.
-
-    Args:
-        model: any module.
-        share_parameters: let the copy hold the parameters of ``model`` themselves, for a look that changes none.
-        parameters: what the copy is to hold instead of the parameters with these ``id``.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: ``model`` cannot be deep-copied.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
-    memo.update(parameters or {})
-    try:
-        copy = deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); the search works on a "
-            f"copy. Tensors with a history kept as attributes are the usual cause: detach them. The hooks of "
-            f"torch.nn.utils (weight_norm, spectral_norm, prune) keep such; torch.nn.utils.parametrizations does not"
-        ) from error
-    for module in copy.modules():
-        for kind in (forward_pre_hooks, forward_hooks, backward_hooks, backward_pre_hooks):
-            hooks = kind(module)
-            for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):
-                    del hooks[key]
-    return copy.eval()
-
-
 def run(model: nn.Module, example_input: Any) -> Any:
-    """``model`` on the example: a tensor or any single object, a tuple of arguments, or a dict of keywords."""
+    """``model`` on the example: a tensor or any single object, a tuple of arguments, or a dict of keywords.
+
+    Arguments of both kinds are ``inspect.signature(model.forward).bind(x, mask=mask)``.
+    """
+    if isinstance(example_input, BoundArguments):
+        return model(*example_input.args, **example_input.kwargs)
     if isinstance(example_input, Mapping):
         return model(**example_input)
     if isinstance(example_input, tuple) and not hasattr(example_input, "_fields"):
@@ -147,6 +117,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested lists, tuples and mappings, in order."""
     if isinstance(value, Tensor):
         return [value]
+    value = value.arguments if isinstance(value, BoundArguments) else value
     if isinstance(value, Mapping):
         return [t for v in value.values() for t in tensors_in(v)]
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -163,6 +134,8 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, BoundArguments):
+        return BoundArguments(value.signature, OrderedDict(map_tensors(change, value.arguments)))
     if isinstance(value, Mapping):
         return {k: map_tensors(change, v) for k, v in value.items()}
     if isinstance(value, tuple) and not hasattr(value, "_fields") and not isinstance(value, torch.Size):
@@ -170,10 +143,38 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return [map_tensors(change, v) for v in value] if isinstance(value, list) else value
 
 
+def anew(change: Callable[[Tensor], Tensor], given: Any) -> Any:
+    """A deep copy of what a module is given, ``change`` made to each tensor in it: the module may keep state there.
+
+    Language models write keys and values into a cache that they are handed from block to block. Modules in it are not
+    copied.
+    """
+    memo: dict[int, Any] = {}
+    waiting = [given]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in memo or isinstance(thing, (str, bytes, type)):
+            continue
+        memo[id(thing)] = None  # seen
+        if isinstance(thing, Tensor):
+            memo[id(thing)] = change(thing)
+        elif isinstance(thing, nn.Module):
+            memo[id(thing)] = thing
+        elif isinstance(thing, Mapping):
+            waiting += thing.values()
+        elif isinstance(thing, (list, tuple, set)):
+            waiting += thing
+        elif isinstance(thing, BoundArguments):
+            waiting.append(thing.arguments)
+        if not isinstance(thing, (Tensor, nn.Module)):
+            waiting += vars(thing).values() if hasattr(thing, "__dict__") else ()
+    return deepcopy(given, {i: copied for i, copied in memo.items() if copied is not None})
+
+
 def observe(model: nn.Module, example_input: Any, watch: Callable[[Call], None]) -> Any:
     """Run ``model`` once on ``example_input`` without gradients, each call handed to ``watch``; return its output.
 
-    The model is run as it is: pass a :func:`private_copy` to keep the original's buffers and caches untouched.
+    The model is run as it is: pass a :func:`.private_copy` to keep the original's buffers and caches untouched.
     The random state of torch is restored.
     """
     with undisturbed(), Observer(watch):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torch_meanfield.observe import anew, map_tensors, private_copy, run, tensors_in, undisturbed
 from torch_meanfield.particles.copying import is_sharded
 from torch_meanfield.particles.neurons import Neurons
 from torch_meanfield.width.optimizer.declared import check_disjoint, check_owned, foreign
@@ -19,7 +22,9 @@ from torch_meanfield.width.search.reparametrised import Reparametrised
 from torch_meanfield.width.turnover.blocks import Blocks, blocks_of
 
 
-def discovered(model: nn.Module, example_input: Any, optimizer: Optimizer) -> list[Neurons | Blocks]:
+def discovered(
+    model: nn.Module, example_input: Any, optimizer: Optimizer, *, shorten: bool = False
+) -> list[Neurons | Blocks]:
     """The proven populations of ``model`` whose parameters ``optimizer`` owns, and the blocks of mean-field layers.
 
     Units whose weights are computed from other tensors in such a way that a birth would change other units (spectral
@@ -41,7 +46,7 @@ def discovered(model: nn.Module, example_input: Any, optimizer: Optimizer) -> li
     if computed.quantiser is not None:
         left_out.append(f"all neurons: {computed.quantiser} rounds by a scale that units share")
     else:
-        report = find_populations(model, example_input)
+        report = find_populations(model, shortened(model, example_input) if shorten else example_input)
         refused = [str(r) for r in report.refused]
         for units in report:
             reason = computed.entangled(units)
@@ -71,6 +76,36 @@ def discovered(model: nn.Module, example_input: Any, optimizer: Optimizer) -> li
     return kept
 
 
+def shortened(model: nn.Module, example_input: Any) -> Any:
+    """The first two samples of ``example_input`` where the model treats samples one by one; else all of it.
+
+    That is so if the outputs on the two are the first two rows of the outputs on all. Not so of the nodes of a graph,
+    of a sequence that comes first, or of a mask for all samples.
+    """
+    tensors = [t for t in tensors_in(example_input) if t.ndim]
+    count = len(tensors[0]) if tensors else 0
+    if count <= 2:
+        return example_input
+    few = map_tensors(lambda t: t[:2].clone() if t.ndim and len(t) == count else t, example_input)
+    try:
+        copy = private_copy(model, share_parameters=True)
+        with undisturbed():
+            parts, wholes = (tensors_in(run(copy, anew(Tensor.clone, given))) for given in (few, example_input))
+    except Exception:  # it cannot be cut; what else is wrong with the model is said by the search
+        return example_input
+    rows = [(part, whole[:2]) for part, whole in zip(parts, wholes, strict=False) if whole.ndim and len(whole) == count]
+    alike = len(parts) == len(wholes) and bool(rows) and all(_alike(*pair) for pair in rows)
+    return few if alike else example_input
+
+
+def _alike(part: Tensor, whole: Tensor) -> bool:
+    if part.shape != whole.shape:
+        return False
+    part, whole = part.double(), whole.double()
+    size = whole.abs().amax() if whole.numel() else whole.sum()
+    return bool(((part - whole).abs() <= 1e-2 * size).all())  # other kernels, in half precision
+
+
 class Glimpse:
     """Keeps one example of what ``model`` is called with, from its next call, and counts the samples until it is taken.
 
@@ -80,15 +115,18 @@ class Glimpse:
 
     def __init__(self, model: nn.Module) -> None:
         self.name = type(model).__name__
-        self.example: tuple[Any, ...] | None = None
+        self.example: Any = None
         self.batches = FirstBatches(model)
-        self._handle: RemovableHandle | None = model.register_forward_pre_hook(_Peek(self))
+        self._handle: RemovableHandle | None = model.register_forward_pre_hook(_Peek(self), with_kwargs=True)
 
-    def see(self, args: tuple[Any, ...]) -> None:
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember a copy: the caller may reuse the memory."""
-        self.batches.see(args)
-        if self.example is None and args:
-            self.example = tuple(a.detach()[:2].clone() if isinstance(a, Tensor) and a.ndim else a for a in args)
+        self.batches.see((args, kwargs))
+        if self.example is None and (args or kwargs):
+            args, kwargs = anew(lambda t: t.detach().clone(), (args, kwargs))
+            single = args[0] if len(args) == 1 and not isinstance(args[0], (tuple, Mapping)) else args
+            both = args and kwargs
+            self.example = signature(module.forward).bind(*args, **kwargs) if both else kwargs or single
 
     def forget_step(self) -> None:
         """The gradients of the present step are thrown away."""
@@ -109,7 +147,7 @@ class Glimpse:
             self._handle.remove()
             self._handle = None
         self.batches.stop()
-        return self.example[0] if len(self.example) == 1 else self.example
+        return self.example
 
 
 class _Peek:
@@ -118,10 +156,10 @@ class _Peek:
     def __init__(self, glimpse: Glimpse | None = None) -> None:
         self.glimpse = None if glimpse is None else weakref.ref(glimpse)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         glimpse = None if self.glimpse is None else self.glimpse()
         if glimpse is not None:
-            glimpse.see(args)
+            glimpse.see(module, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Peek:
         return _Peek()

@@ -278,7 +278,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         if self._glimpse is not None:
             example, batches, self._glimpse = self._glimpse.take(), self._glimpse.batches, None
             assert self._model is not None
-            dynamics = self._settle(discovered(self._model, example, self.optimizer))
+            dynamics = self._settle(discovered(self._model, example, self.optimizer, shorten=True))
             batches.hand_over(dynamics.batch, self._model, example)
         # Checkpointing makes optimizers initialise by a step with learning rate 0: no time passes in it.
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]

@@ -44,11 +44,10 @@ def candidates(ledger: Ledger, model: nn.Module) -> tuple[list[Neurons], list[Re
     tensors = named_tensors(model)
     classes = ledger.classes()
     emitted, consumed = _flags(ledger.emitted, ledger.count), _flags(ledger.consumed, ledger.count)
-    stream = _flags(ledger.stream, ledger.count)
     reasons: dict[int, str] = {}
     for labels, reason in reversed(ledger.frozen):  # the first reason stays
         reasons.update(dict.fromkeys(torch.unique(classes[labels[labels != 0]]).tolist(), reason))
-    reasons.update(dict.fromkeys(torch.unique(classes[stream]).tolist(), STREAM))
+    reasons.update(dict.fromkeys(ledger.streams(), STREAM))
     made_by_layer = set(torch.unique(classes[emitted]).tolist())
     found: list[Neurons] = []
     refused: list[Refused] = []

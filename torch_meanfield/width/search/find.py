@@ -51,8 +51,9 @@ def find_populations(model: nn.Module, example_input: Any, *, seed: int = 0) -> 
 
     Args:
         model: any module; left exactly as it is (parameters, buffers, mode, random state, hooks).
-        example_input: what it is called with: a tensor, a tuple of arguments, or a dict of keywords. A single example
-            of the smallest size that the model takes is enough, and fastest.
+        example_input: what it is called with: a tensor, a tuple of arguments, a dict of keywords, or for both
+            ``inspect.signature(model.forward).bind(x, mask=mask)``. A single example of the smallest size that the
+            model takes is enough, and fastest.
         seed: Seed of the proof.
 
     Raises:

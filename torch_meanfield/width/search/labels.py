@@ -81,7 +81,7 @@ class Ledger:
         self.pairs: list[Tensor] = []
         self.emitted: list[Tensor] = []
         self.consumed: list[Tensor] = []
-        self.stream: list[Tensor] = []
+        self.stream: list[tuple[int, int]] = []  # of each residual addition, how many pairs were known before and after
         self.frozen: list[tuple[Tensor, str]] = []
         self.layers = 0
         self._states: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -154,6 +154,21 @@ class Ledger:
     def classes(self) -> Tensor:
         """For each label (0 included) the smallest label it is united with."""
         return united(self.pairs, self.count)
+
+    def streams(self) -> set[int]:
+        """The classes of units that are residual streams.
+
+        A stream is what an addition unites with its branch. What a product has united before is a hidden width (the
+        skip around the scan of a Mamba block).
+        """
+        classes = self.classes()
+        found: set[int] = set()
+        for known, until in self.stream:
+            a, b = torch.cat(self.pairs[known:until], dim=1)
+            if not found.issuperset(torch.unique(classes[a]).tolist()):
+                before = united(self.pairs[:known], self.count)
+                found |= set(classes[a[before[a] != before[b]]].tolist())
+        return found
 
 
 def united(pairs: list[Tensor], count: int) -> Tensor:

@@ -131,16 +131,27 @@ def einsum(ledger: Ledger, call: Call) -> Tracks | None:
 
 @rule_for("scaled_dot_product_attention")
 def attention(ledger: Ledger, call: Call) -> Tracks:
-    """``scaled_dot_product_attention``: the unit is what one matrix of scores belongs to, the head."""
+    """``scaled_dot_product_attention``: the unit is what one matrix of scores belongs to, the head.
+
+    Of grouped queries, a head of keys and values with all heads of queries that share it.
+    """
     q, k, v = call.arg(0, "query"), call.arg(1, "key"), call.arg(2, "value")
     mask = call.arg(3, "attn_mask")
     lead = _LETTERS[: q.ndim - 2]
-    scores = product(ledger, f"{lead}xe,{lead}ye->{lead}xy", q, k)
+    of_q = dims_of(q, lead + "xe")
+    of_k, of_v = ({c: of_q[c] for c in lead} | {"y": t.shape[-2], c: t.shape[-1]} for t, c in ((k, "e"), (v, "z")))
+    scores = contract(ledger, ledger.state(q).tracks, of_q, _each(ledger, k, q), of_k, lead + "xy")
     if mask is not None:
         scores = _added(ledger, scores, q.ndim, mask)
-    sizes = dims_of(q, lead + "xe") | dims_of(k, lead + "ye")
-    of_scores = {c: sizes[c] for c in lead + "xy"}
-    return contract(ledger, scores, of_scores, ledger.state(v).tracks, dims_of(v, lead + "yz"), lead + "xz")
+    of_scores = {c: (of_q | of_k)[c] for c in lead + "xy"}
+    return contract(ledger, scores, of_scores, _each(ledger, v, q), of_v, lead + "xz")
+
+
+def _each(ledger: Ledger, shared: Tensor, queries: Tensor) -> Tracks:
+    """The tracks of keys or values as if each head of the queries had its own."""
+    times = queries.shape[-3] // shared.shape[-3] if queries.ndim > 3 else 1
+    tracks = ledger.state(shared).tracks
+    return tuple(t.repeat_interleave(times, -3) if t.ndim > 2 and t.shape[-3] > 1 else t for t in tracks)
 
 
 @rule_for(MULTIHEAD, makes_units=True)

@@ -62,9 +62,10 @@ def nary(ledger: Ledger, call: Call) -> Tracks:
     for tensor in tensors[1:]:
         state = ledger.state(tensor)
         theirs, their_varies = pad_left(state.tracks, ndim), values_vary(ledger, tensor, state, ndim)
+        known = len(ledger.pairs)
         result, met = elementwise(ledger, tracks, varies, theirs, their_varies)
         if met and call.name in ADDITIONS and is_residual(first, state):
-            ledger.stream.extend(t.reshape(-1) for t in (*tracks, *theirs))
+            ledger.stream.append((known, len(ledger.pairs)))
         tracks, varies = result, varies | their_varies
     return tracks
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torch_meanfield.observe import InDouble, fake_quantiser, map_tensors, private_copy, run, tensors_in, undisturbed
+from torch_meanfield.observe import InDouble, anew, fake_quantiser, left_out, private_copy, run, tensors_in, undisturbed
 from torch_meanfield.observe.randomise import Draws, draw_, nudge_, randomise_
 from torch_meanfield.particles import Population, Slice, transport_
 from torch_meanfield.particles.neurons import Neurons
@@ -88,12 +88,18 @@ class Prover:
         self.draws = Draws(seed)
         self.generator = self.draws.generator
         self.seed = seed
-        self.given, self.example = example_input, map_tensors(_double, example_input)
+        self.given, self.example = example_input, anew(_double, example_input)
         self.graph: Tensor | None = None  # the output of the last forward with gradients, while it can be used
         self.mode: type[InDouble] | type[nullcontext[None]] = InDouble
         self.scales = iter(SCALES)
         self.settled = False  # whether the output is known to be well-conditioned in the parameters
-        self._begin()
+        try:
+            self._begin()
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"verify: {type(model).__name__} does not run on the example_input in double precision "
+                f"({type(error).__name__}: {error}); pass one that it takes{left_out(model)}"
+            ) from error
 
     def _begin(self) -> bool:
         """Random parameters of the next scale that gives a sound output; whether there is one."""
