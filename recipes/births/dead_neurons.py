@@ -8,7 +8,7 @@ An MLP with two hidden layers of 256; in each, the biases of half of the units b
 them and no gradient wakes them. Adam, batches of 128. The peer re-initialises, at the same steps, units whose mean
 activation is below 0.025 of the layer's mean and zeroes their outgoing weights (ReDo: Sokar et al. 2023,
 arXiv:2302.12902). Birth-death finds the dead units by itself, at the wrapper's defaults but for the number of steps
-between events. All start from the same weights and see the same batches.
+between events, and with ``scheme="plastic"``, of which nothing is set. All start from the same weights and see the same batches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch_meanfield.width import BirthDeathOptimizer
 WIDTH, BATCH, LR, SHARE = 256, 128, 1e-3, 0.5
 EVENTS = 10  # in each epoch: the first can come when potentials have been watched for half of that
 THRESHOLD = 0.025  # of the peer
-METHODS = ("plain", "peer (ReDo)", "birth-death")
+METHODS = ("plain", "peer (ReDo)", "birth-death", "birth-death, plastic")
 
 
 class Mlp(nn.Module):
@@ -109,8 +109,9 @@ def train(
     optimizer: torch.optim.Optimizer = inner
     steps = len(x) // BATCH
     every = max(1, steps // EVENTS)
-    if method == "birth-death":
-        optimizer = BirthDeathOptimizer(inner, model, populations=model.populations(), every=every, seed=seed)
+    if method.startswith("birth-death"):
+        settings: dict[str, Any] = {"scheme": "plastic"} if method.endswith("plastic") else {"every": every}
+        optimizer = BirthDeathOptimizer(inner, model, populations=model.populations(), seed=seed, **settings)
     curve, living, count = [], 0.0, 0
     order_of = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):

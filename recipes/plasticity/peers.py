@@ -70,7 +70,7 @@ class L2Init(Method):
 class ShrinkPerturb(Method):
     """Weights shrink and are perturbed at every step (Ash and Adams 2020; so in Dohare et al. 2024)."""
 
-    SHRINK, NOISE = 1e-4, 1e-3
+    SHRINK, NOISE = 3e-4, 3e-3
 
     @torch.no_grad()
     def act(self) -> None:
@@ -83,7 +83,7 @@ class ShrinkPerturb(Method):
 class ReDo(Method):
     """Units whose mean activation is a small share of the layer's are re-initialised (Sokar et al. 2023)."""
 
-    THRESHOLD, EVERY = 0.025, 10
+    THRESHOLD, EVERY = 0.0, 10
 
     @torch.no_grad()
     def act(self) -> None:
@@ -100,7 +100,7 @@ class ReDo(Method):
 class ContinualBackprop(Method):
     """The least useful mature units go, at a steady rate (Dohare et al. 2024, Nature 632; contribution utility)."""
 
-    RATE, MATURITY, DECAY = 1e-3, 100, 0.99
+    RATE, MATURITY, DECAY = 3e-3, 20, 0.99
 
     def __init__(self, model: Mlp, optimizer: Optimizer, generator: torch.Generator) -> None:
         super().__init__(model, optimizer, generator)

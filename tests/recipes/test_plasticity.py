@@ -1,0 +1,150 @@
+"""The benchmarks of networks that go on learning: streams, peers against what their papers say, and the study."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from recipes.plasticity import labels, study
+from recipes.plasticity.network import Mlp, silent_share
+from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, ShrinkPerturb, Upgd
+from recipes.plasticity.streams import Stream
+
+
+def walked(kind, **changes):
+    settings = {"tasks": 3, "samples": 50, "epochs": 2, "last": 1, **changes}
+    x, y = torch.rand(200, 9), torch.arange(200) % 5
+    return list(Stream(kind, **settings).walk(x, y, torch.Generator().manual_seed(0))), x, y
+
+
+def test_labels_are_drawn_anew_and_images_stay():
+    tasks, _, _ = walked("labels")
+    assert all(torch.equal(t.x, tasks[0].x) for t in tasks) and not torch.equal(tasks[0].y, tasks[1].y)
+    assert all(t.asked[1] is t.y for t in tasks)
+
+
+def test_pixels_are_permuted_and_labels_stay_those_of_their_images():
+    tasks, x, y = walked("permuted")
+    rows = {tuple(sorted(row.tolist())): int(label) for row, label in zip(x, y, strict=True)}
+    for task in tasks:
+        assert task.asked is None
+        assert [rows[tuple(sorted(row.tolist()))] for row in task.x] == task.y.tolist()
+    assert not torch.equal(tasks[0].x.mean(0), tasks[1].x.mean(0))
+
+
+def test_nothing_changes_in_the_control_and_it_is_asked_about_others():
+    tasks, _, _ = walked("stationary")
+    assert all(torch.equal(t.x, tasks[0].x) and torch.equal(t.y, tasks[0].y) for t in tasks)
+    assert not {tuple(r.tolist()) for r in tasks[0].x} & {tuple(r.tolist()) for r in tasks[0].asked[0]}
+
+
+def trained(make, steps=1, dead=0, **kwargs):
+    torch.manual_seed(0)
+    model = Mlp(6, 3, width=16, **kwargs)
+    with torch.no_grad():
+        model.layers[0].bias[:dead] = -50
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    method = make(model, optimizer, torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(16, 6)), torch.randint(3, (16,))).backward()
+        method.pull()
+        optimizer.step()
+        method.act()
+    return model, optimizer, method
+
+
+def test_l2_init_adds_the_gradient_of_its_penalty():
+    model, _, method = trained(L2Init)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    method.pull()
+    penalty = L2Init.STRENGTH * sum(
+        (p - p0).square().sum() for p, p0 in zip(model.parameters(), method.initial, strict=True)
+    )
+    for p, g in zip(model.parameters(), torch.autograd.grad(penalty, list(model.parameters())), strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_redo_reinitialises_the_dormant_alone(norm):
+    chosen = []
+
+    class Watched(ReDo):
+        def reinitialise_(self, hidden, units):
+            chosen.append((hidden.first, units.tolist(), (hidden.values == 0).all(0).nonzero().flatten().tolist()))
+            super().reinitialise_(hidden, units)
+            assert not hidden.last.weight[:, units].any() and not hidden.first.bias[units].any()
+            state = self.optimizer.state[hidden.first.weight]["exp_avg_sq"]
+            assert not state[units].any() and state.any(1).sum() >= len(state) - len(units) - 5
+
+    model, _, _ = trained(Watched, steps=ReDo.EVERY - 1, dead=5, norm=norm)
+    assert not chosen
+    model, _, _ = trained(Watched, steps=ReDo.EVERY, dead=5, norm=norm)
+    assert all(units == silent for _, units, silent in chosen)
+    if not norm:
+        first = next(units for layer, units, _ in chosen if layer is model.layers[0])
+        assert set(first) >= set(range(5))
+    assert silent_share(model, torch.randn(16, 6)) < 0.3
+
+
+def test_continual_backprop_replaces_at_its_rate():
+    replaced = []
+
+    class Counting(ContinualBackprop):
+        def reinitialise_(self, hidden, units):
+            replaced.append(len(units))
+            super().reinitialise_(hidden, units)
+
+    steps = 200
+    _, _, method = trained(Counting, steps=steps)
+    most = 2 * 16 * Counting.RATE * (steps - Counting.MATURITY)
+    assert 0.6 * most < sum(replaced) <= most + 2
+    assert (method.age <= steps).all() and (method.age < steps).any()
+
+
+def test_shrinking_shrinks():
+    model, _, method = trained(ShrinkPerturb)
+    bias = model.layers[0].bias.detach().clone()
+    method.act()
+    torch.testing.assert_close(model.layers[0].bias.detach(), bias * (1 - ShrinkPerturb.SHRINK))
+
+
+def test_upgd_without_noise_or_utility_is_gradient_descent():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.zero_()
+    twin = nn.Linear(4, 3)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(8, 4)
+    for model, optimizer in (
+        (layer, Upgd(layer.parameters(), torch.Generator(), lr=0.1, noise=0.0)),
+        (twin, torch.optim.SGD(twin.parameters(), lr=0.1)),
+    ):
+        nn.functional.cross_entropy(model(x), torch.arange(8) % 3).backward()
+        optimizer.step()
+    torch.testing.assert_close(layer.weight, twin.weight)
+
+
+def test_a_study_ends_in_a_table_and_a_picture_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
+    command = ["labels.py", "--data", "digits", "--tasks", "1", "--seeds", "1", "2", "--settings", "pixels", "GELU"]
+    command += ["--methods", "bare", "UPGD", "library, plastic", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setitem(labels.STREAMS, "labels", Stream("labels", tasks=1, samples=64, epochs=2, last=1))
+    labels.main()
+    first = (tmp_path / "labels.md").read_text()
+    rows = [line for line in first.splitlines() if line.startswith(("| pixels", "| GELU"))]
+    assert len(rows) == 6 and all(" ± " in row for row in rows) and (tmp_path / "labels.png").stat().st_size > 10_000
+    document = json.loads((tmp_path / "labels.json").read_text())
+    assert {r["method"] for r in document["runs"]} == {"bare", "UPGD", "library, plastic"} and document["versions"]
+    monkeypatch.setattr(study, "train", None)
+    labels.main()
+    assert (tmp_path / "labels.md").read_text() == first
+    monkeypatch.setattr(sys, "argv", ["labels.py", "--data", "nothing", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        labels.main()
+    assert "--data 'nothing' is unknown" in capsys.readouterr().err
