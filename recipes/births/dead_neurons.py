@@ -8,7 +8,8 @@ An MLP with two hidden layers of 256; in each, the biases of half of the units b
 them and no gradient wakes them. Adam, batches of 128. The peer re-initialises, at the same steps, units whose mean
 activation is below 0.025 of the layer's mean and zeroes their outgoing weights (ReDo: Sokar et al. 2023,
 arXiv:2302.12902). Birth-death finds the dead units by itself, at the wrapper's defaults but for the number of steps
-between events, and with ``scheme="plastic"``, of which nothing is set. All start from the same weights and see the same batches.
+between events, and with ``scheme="plastic"``, of which nothing is set. All start from the same weights and see the same
+batches.
 """
 
 from __future__ import annotations
