@@ -20,11 +20,11 @@ from torch_meanfield import MeanFieldSequential
 OPTIMIZERS = {
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
     "asgd that averages": lambda p: torch.optim.ASGD(p, lr=0.05, t0=2, lambd=0.1),
-    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.08),
     "rprop at once": lambda p: torch.optim.Rprop(p, lr=0.6),  # several particles are projected to 0: ties
     "sgd": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.3, centered=True, momentum=0.9),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True),
     "adadelta": lambda p: torch.optim.Adadelta(p, lr=100.0),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.05),
 }
