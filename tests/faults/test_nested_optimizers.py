@@ -200,7 +200,14 @@ def test_a_number_that_a_step_has_put_where_there_was_none_loads(name: str, lr: 
 
 @pytest.mark.parametrize(
     ("default", "saved", "loads"),
-    [(None, 0.5, True), (None, True, True), (None, None, True), (None, "x", False), (None, [1], False), (0.1, None, False)],
+    [
+        (None, 0.5, True),
+        (None, True, True),
+        (None, None, True),
+        (None, "x", False),
+        (None, [1], False),
+        (0.1, None, False),
+    ],
 )
 def test_which_values_a_setting_without_default_may_have(default: Any, saved: Any, loads: bool) -> None:
     class Own(torch.optim.SGD):

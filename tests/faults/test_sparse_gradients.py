@@ -20,7 +20,9 @@ class _Table(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.table: Any = nn.EmbeddingBag(4, 6, sparse=True, mode="sum") if kind == "bag" else nn.Embedding(4, 6, sparse=True)
+        self.table: Any = (
+            nn.EmbeddingBag(4, 6, sparse=True, mode="sum") if kind == "bag" else nn.Embedding(4, 6, sparse=True)
+        )
         self.out = nn.Linear(6, 6)
         self.kind = kind
 

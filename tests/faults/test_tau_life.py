@@ -37,7 +37,9 @@ class _Plain(nn.Module):
 
 
 def _stack(**options: Any) -> MeanFieldSequential:
-    return MeanFieldSequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(3)), **options)
+    return MeanFieldSequential(
+        *(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(3)), **options
+    )
 
 
 def _converted(**options: Any) -> nn.Module:
@@ -73,13 +75,17 @@ def test_a_model_made_on_the_meta_device_has_the_tau_of_a_new_one(
     model.to_empty(device="cpu")
     initialise(model)
     for layer, new in zip(
-        model.mean_field_layers().values(), MeanFieldResNet(learn_tau=learn_tau).mean_field_layers().values(), strict=True
+        model.mean_field_layers().values(),
+        MeanFieldResNet(learn_tau=learn_tau).mean_field_layers().values(),
+        strict=True,
     ):
         assert torch.equal(layer.tau, new.tau)
         assert layer.tau_axis.unit_steps == new.tau_axis.unit_steps
 
 
-@pytest.mark.parametrize("make", [lambda: MeanFieldResNet(tau_init="random"), lambda: _stack(tau_init="random", horizon=2.0)])
+@pytest.mark.parametrize(
+    "make", [lambda: MeanFieldResNet(tau_init="random"), lambda: _stack(tau_init="random", horizon=2.0)]
+)
 def test_random_positions_are_drawn_after_the_meta_device(make: Callable[[], nn.Module]) -> None:
     with torch.device("meta"):
         model = make()

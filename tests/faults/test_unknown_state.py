@@ -344,7 +344,9 @@ def test_the_average_of_units_takes_newborn_ones_over() -> None:
         if born:
             break
     assert 3 in born[0]
-    assert torch.equal(ema.shadow_params[1][3], net[0].bias[3]) and torch.equal(ema.shadow_params[0][3], net[0].weight[3])
+    assert torch.equal(ema.shadow_params[1][3], net[0].bias[3]) and torch.equal(
+        ema.shadow_params[0][3], net[0].weight[3]
+    )
 
 
 def test_the_wrapper_names_an_average_of_its_units() -> None:

@@ -99,8 +99,8 @@ class BirthDeathOptimizer(SharingOptimizer):
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
             place, newborn units along the column's dimension; ``None``: the layer's own law, else normal draws with
             the moments the column had when it was wrapped.
-        example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Without it a run
-            whose checkpoint was made in the 40 steps before an event, while the landscape is recorded, resumes inexactly.
+        example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Without it a
+            run resumes inexactly from a checkpoint of the 40 steps before an event, while the landscape is recorded.
         seed: of the generator, which must be alike on all data-parallel ranks.
 
     Attributes:
