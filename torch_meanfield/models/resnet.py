@@ -142,7 +142,7 @@ class MeanFieldResNet(nn.Module):
             raise ValueError(f"tau_init must be 'uniform' or 'random', got {tau_init!r}")
 
     def init_weights(self) -> None:
-        """He et al. 2015: normal weights of variance 2 / fan-out for convolutions; norms 1 and 0; tau as in a new model."""
+        """He et al. 2015: normal weights of variance 2 / fan-out for convolutions; norms 1 and 0; tau as when made."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")

@@ -146,7 +146,7 @@ class Stack(Column):
             for key in kept.keys() - new.keys():
                 del state[key]
             for key, value in new.items():
-                here = kept.get(key)
+                here: Any = kept.get(key)
                 alike = isinstance(value, Tensor) and isinstance(here, Tensor) and here.shape == value.shape
                 if alike and value.layout == here.layout == torch.strided:
                     here.copy_(value)  # in place: captured graphs and sharded optimizers hold on to the storage
@@ -247,7 +247,7 @@ class Slice(Column):
 
 
 def _kept(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """What ``optimizer`` keeps for ``parameter``, but for what lies in the parameter's own memory and moves with it.
+    """What ``optimizer`` keeps for ``parameter``, but for what lies in the parameter's memory and moves with it.
 
     Sharpness-aware optimizers put a tensor of their state in the parameter's place (``p.data = state["old_p"]``).
     """

@@ -77,7 +77,8 @@ def _living(kinds: set[type]) -> list[Any]:
 
 
 def _subclasses(kind: type) -> set[type]:
-    return {kind}.union(*(_subclasses(k) for k in kind.__subclasses__()))
+    below: list[type] = kind.__subclasses__()
+    return {kind}.union(*(_subclasses(k) for k in below))
 
 
 def _averaging_callbacks() -> set[type]:

@@ -52,7 +52,7 @@ class KeptTensors:
 def _keys_by_name(kept: Sequence[Tensor] | Mapping[Any, Tensor], model: nn.Module) -> dict[str, Any]:
     """Where in ``kept`` the average of each of the model's tensors is."""
     ours = named_tensors(model)
-    keys = list(kept) if isinstance(kept, Mapping) else list(range(len(kept)))
+    keys: list[Any] = list(kept) if isinstance(kept, Mapping) else list(range(len(kept)))
     values: list[Any] = list(kept.values()) if isinstance(kept, Mapping) else list(kept)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     orders = [keys] if {*keys} <= ours.keys() else [[n for n, _ in model.named_parameters()], trained]

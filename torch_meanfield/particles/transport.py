@@ -50,7 +50,8 @@ def transport_(
 
     A permutation of the index re-sorts the population (Lu et al. 2020, Algorithm 1); an index with repetitions is
     birth and death (Rotskoff et al. 2019). Parameters, buffers, gradients, ``requires_grad``, optimizer state and the
-    :class:`.Traits` of modules move together. No ``Parameter`` is replaced, and none changes its storage or strides: values are copied.
+    :class:`.Traits` of modules move together. No ``Parameter`` is replaced, and none changes its storage or strides:
+    values are copied.
 
     Args:
         population: the particles.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class FirstBatches:
         self._handle: Any = None
         if self._parameter is not None:
             ours = weakref.ref(self)
-            self._handle = self._parameter.register_post_accumulate_grad_hook(lambda _: _arrive(ours()))
+            self._handle = cast(Any, self._parameter).register_post_accumulate_grad_hook(lambda _: _arrive(ours()))
 
     def see(self, inputs: Any) -> None:
         """The model is called with ``inputs``."""

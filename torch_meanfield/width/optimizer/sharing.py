@@ -195,8 +195,8 @@ def _warn_of_unsaved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         tensors = [v for state in each.state.values() for v in state.values() if isinstance(v, Tensor)]
         if tensors and not any(id(t) in ids for t in tensors):
             warnings.warn(
-                f"state_dict: {type(optimizer).__name__} does not save the state of the {type(each).__name__} inside it, "
-                f"so that loading cannot restore it; save and load that one's state_dict() beside",
+                f"state_dict: {type(optimizer).__name__} does not save the state of the {type(each).__name__} inside "
+                f"it, so that loading cannot restore it; save and load that one's state_dict() beside",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -215,9 +215,9 @@ def _check_shared(before: list[tuple[Optimizer, Any, Any]]) -> None:
     for optimizer, groups, state in before:
         if optimizer.param_groups is not groups or optimizer.state is not state:
             raise RuntimeError(
-                f"load_state_dict: {type(optimizer).__name__} keeps its loaded groups or state where they cannot be put "
-                f"back into those that others share, so that a learning rate would not reach it; load the state before "
-                f"it is wrapped"
+                f"load_state_dict: {type(optimizer).__name__} keeps its loaded groups or state where they cannot be "
+                f"put back into those that others share, so that a learning rate would not reach it; load "
+                f"the state before it is wrapped"
             )
 
 

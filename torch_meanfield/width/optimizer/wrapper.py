@@ -99,8 +99,8 @@ class BirthDeathOptimizer(SharingOptimizer):
             for newborn units, other state as it began for the layer; ``None``: 0.003 under ``plastic``, else 0.01.
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in
             place, newborn units along the column's dimension; ``None``: see :func:`.initialisers_of`.
-        example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Without it a run
-            whose checkpoint was made in the 40 steps before an event, while the landscape is recorded, resumes inexactly.
+        example_input: an input of ``model`` for ``"auto"``; ``None``: the first one it is called with. Without it a
+            run resumes inexactly from a checkpoint of the 40 steps before an event, while the landscape is recorded.
         seed: of the generator, which must be alike on all data-parallel ranks.
 
     Attributes:
