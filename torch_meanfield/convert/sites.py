@@ -125,6 +125,12 @@ class Site:
         return self.turn == self.place.turn and bool(self.place.scaled or self.place.output)
 
     @property
+    def __globals__(self) -> dict[str, Any]:  # what torch.jit.script asks a forward for
+        raise AttributeError(
+            "a step scales this layer when it runs, which torch.jit.script cannot see; fold(model) first"
+        )
+
+    @property
     def __signature__(self) -> inspect.Signature:
         module = self.module()
         return inspect.signature(self.under or partial(type(module).forward, module))
