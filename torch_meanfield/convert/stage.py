@@ -14,6 +14,7 @@ from torch_meanfield.depth.exchangeable import check_alike
 from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.depth.tau_axis import nonnegative, steps_by_slot
 from torch_meanfield.particles import Population, Slice, Stack
+from torch_meanfield.particles.copying import is_sharded
 from torch_meanfield.particles.population import Column, named_tensors
 
 
@@ -61,8 +62,10 @@ class ConvertedStage(MeanFieldLayer):
         slot, member = site.place.slot, site.place.member
         order = self._execution_order()
         if order is not None and order[slot] != slot:
-            slot = order[slot]
-            site = site_of(self[slot][member]) or site  # a tool's own forward cannot be run in another's place
+            other = self[order[slot]][member]
+            # Neither a forward of a tool's own nor what FSDP2 gathers by hooks can run in the place of another.
+            if (theirs := site_of(other)) is not None and not any(is_sharded(p) for p in other.parameters()):
+                slot, site = order[slot], theirs
         block = site.module()
         if block is not None:
             self._hold_(block, slot, member, entered=True)
