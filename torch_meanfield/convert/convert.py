@@ -121,12 +121,13 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
                 for member, b in enumerate(particle):
                     block = modules[b.name]
                     places = {q.path: q for q in make_places(b, block, slot, member)}
-                    places.setdefault("", Place(slot, member, "", type(block))).guards = True
+                    acting = tuple(places.values())
+                    places.setdefault("", Place(slot, member, "", type(block))).inside = acting
                     for place in places.values():
                         module: nn.Module = descend(block, place.path)
                         attach(module, Site(stage, place))
                         attached.append(module)
-                    stage.places[slot, member] = [q for q in places.values() if q.scaled or q.output]
+                    stage.places[slot, member] = acting
             reports.append(_report(p, f"{p.host}.{name}".lstrip(".")))
         report = ConversionReport(type(model).__name__, tuple(reports), tuple(plan.fixed))
         model.__dict__[RECORD] = ConversionRecord(report, example)
