@@ -321,15 +321,16 @@ def test_fold_measures_against_a_network_in_which_every_step_acts() -> None:
         fold(model)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "prune", "parametrised", "replaced"])
-def test_a_compiled_model_takes_the_step_too(name: str) -> None:
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", ["LoRA", "prune", "parametrised", "replaced", "accelerate"])
+def test_a_compiled_model_takes_the_step_too(name: str, before: bool) -> None:
     model, plain = converted(), network()
     torch.compiler.reset()  # what other tests have compiled counts
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(X)
+    if before:
+        compiled(X)
     for net in (model, plain):
         WAYS[name](net)
-    model(X)
     torch.testing.assert_close(compiled(X), euler(plain), rtol=1e-4, atol=1e-5)
 
 

@@ -40,7 +40,7 @@ class Place:
         scaled: for each parameter the path of its owner inside the module, its name there, and the power of the step.
         whole: whether the module's output, multiplied, is what the scaled parameters give.
         output: whether the output is multiplied in any case, for a branch that no parameter scales.
-        guards: whether the block is entered here: the stage looks after all of its places then.
+        inside: where the block is entered, all of its places, which the stage looks after then; else empty.
         turn: counts the sites that have stood here; only the newest acts.
     """
 
@@ -51,7 +51,7 @@ class Place:
     scaled: tuple[tuple[str, str, int], ...] = ()
     whole: bool = False
     output: bool = False
-    guards: bool = False
+    inside: tuple[Place, ...] = ()
     turn: int = 0
 
     def takes(self, module: nn.Module) -> bool:
@@ -89,7 +89,7 @@ class Site:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, or the block of the particle whose turn it is."""
-        if self.place.guards and not torch.compiler.is_compiling():
+        if self.place.inside:
             return self.stage.enter_(self).run(*args, **kwargs)
         return self.run(*args, **kwargs)
 
@@ -123,6 +123,12 @@ class Site:
     def acts(self) -> bool:
         """Whether a step acts: not where a block is merely entered, nor inside what has taken the layer's place."""
         return self.turn == self.place.turn and bool(self.place.scaled or self.place.output)
+
+    @property
+    def __globals__(self) -> dict[str, Any]:  # what torch.jit.script asks a forward for
+        raise AttributeError(
+            "a step scales this layer when it runs, which torch.jit.script cannot see; fold(model) first"
+        )
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -16,6 +16,7 @@ from torch_meanfield.depth.exchangeable import check_alike
 from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.depth.tau_axis import nonnegative, steps_by_slot
 from torch_meanfield.particles import Population, Slice, Stack
+from torch_meanfield.particles.copying import is_sharded
 from torch_meanfield.particles.population import Column, named_tensors
 from torch_meanfield.particles.traits import Traits
 
@@ -44,7 +45,7 @@ class ConvertedStage(MeanFieldLayer):
     def __init__(self, particles: Sequence[Sequence[nn.Module]], horizon: float) -> None:
         super().__init__()
         self.members = Members(particles)
-        self.places: dict[tuple[int, int], list[Place]] = {}
+        self.places: dict[tuple[int, int], tuple[Place, ...]] = {}
         columns = self._columns()
         tensors = [t for c in columns for t in c.tensors]
         first = next((t for t in tensors if t.is_floating_point()), None)
@@ -62,13 +63,15 @@ class ConvertedStage(MeanFieldLayer):
     def enter_(self, site: Site) -> Site:
         """A block is about to run: the site of the block whose turn it is, all of its places seen to."""
         slot, member = site.place.slot, site.place.member
-        order = self._execution_order()
+        order = None if torch.compiler.is_compiling() else self._execution_order()
         if order is not None and order[slot] != slot:
-            slot = order[slot]
-            site = site_of(self[slot][member]) or site  # a tool's own forward cannot be run in another's place
+            other = self[order[slot]][member]
+            # Neither a forward of a tool's own nor what FSDP2 gathers by hooks can run in the place of another.
+            if (theirs := site_of(other)) is not None and not any(is_sharded(p) for p in other.parameters()):
+                site = theirs
         block = site.module()
         if block is not None:
-            self._hold_(block, slot, member, entered=True)
+            self._hold_(block, site.place.inside, entered=True)
         return site
 
     def check_held_(self) -> None:
@@ -79,10 +82,10 @@ class ConvertedStage(MeanFieldLayer):
         """
         for slot, blocks in enumerate(self):
             for member, block in enumerate(blocks):
-                self._hold_(block, slot, member)
+                self._hold_(block, self.places.get((slot, member), ()))
 
-    def _hold_(self, block: nn.Module, slot: int, member: int, entered: bool = False) -> None:
-        for place in self.places.get((slot, member), ()):
+    def _hold_(self, block: nn.Module, places: tuple[Place, ...], entered: bool = False) -> None:
+        for place in places:
             if entered and not place.path:  # a tool's forward around the block's, if any, has called the block's
                 continue
             module = descend(block, place.path)

@@ -90,7 +90,8 @@ def _scaled_at_once(
     plans: Sequence[tuple[list[nn.Module], Affine] | None], steps: Sequence[Tensor]
 ) -> dict[int, tuple[Tensor, Tensor | None]]:
     """The scaled weight and bias of branch i, for those that are small and plain; made in one call."""
-    if torch.compiler.is_compiling() or is_watched():  # the one fuses better, the other may not know what to make of it
+    # the compiler fuses better, the others may not know what to make of it
+    if torch.compiler.is_compiling() or is_watched() or cast(Any, torch).jit.is_tracing():
         return {}
     tensors: list[Tensor] = []
     factors: list[Tensor] = []

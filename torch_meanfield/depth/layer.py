@@ -144,6 +144,12 @@ class MeanFieldLayer(nn.Module):
                     f"keep the branch out of the layer"
                 )
 
+    def __prepare_scriptable__(self) -> None:
+        raise TypeError(
+            f"{self._label()}: torch.jit.script cannot follow the order of the blocks, which is read at run time; "
+            f"torch.jit.trace and torch.export can, and fold(model) gives a plain copy of a converted model"
+        )
+
     def check_held_(self) -> None:
         """See that the steps act on all branches: a layer whose branches lie elsewhere overrides this."""
 
@@ -158,7 +164,7 @@ class MeanFieldLayer(nn.Module):
         averaged = not self.training and lineage_of(self).averaged
         if torch.compiler.is_compiling():
             return self._read_order() if averaged else None  # breaks the graph, and says so under fullgraph
-        return None if not averaged and self.tau_axis.in_order() else self._read_order()
+        return None if self.tau_axis.in_order() and not averaged else self._read_order()
 
     def _read_order(self) -> list[int] | None:
         positions = plain_value(self.tau_axis.read())

@@ -181,7 +181,8 @@ class TauAxis(nn.Module):
         if isinstance(offset, torch.fx.Proxy):
             raise TypeError(
                 "a mean-field layer reads the order of its blocks when it runs, which torch.fx.symbolic_trace (and so "
-                "prepare_qat_fx) cannot follow; torch.compile, torch.export and the eager prepare_qat can"
+                "create_feature_extractor, prepare_qat_fx) cannot follow; torch.compile, torch.export and the eager "
+                "prepare_qat can, and fold(model) gives a plain copy of a converted model"
             )
         return id(self.anchor), id(offset), version_of(offset)
 
@@ -238,8 +239,10 @@ def nonnegative(steps: Tensor) -> Tensor:
 
 def steps_by_slot(tau: Tensor) -> Tensor:
     """The step of the particle in each slot, in whatever order they are: its tau minus the next smaller one."""
-    ascending, order = projected(tau).sort(stable=True)
-    return torch.diff(ascending, prepend=ascending.new_zeros(1))[order.argsort()]
+    tau, slots = projected(tau), torch.arange(len(tau), device=tau.device)
+    after, behind = tau[:, None], slots[:, None]
+    rank = ((tau < after) | ((tau == after) & (slots < behind))).sum(1)  # as a stable sort has it; ONNX has none
+    return tau - torch.where(rank == rank[:, None] - 1, tau, torch.zeros_like(tau)).sum(1)
 
 
 def check_horizon(horizon: float | None, n: int) -> float:
