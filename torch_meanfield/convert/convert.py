@@ -127,20 +127,13 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
             host.add_module(name, stage)
             added.append((host, name))
             for slot, particle in enumerate(p.particles):
-<<<<<<< HEAD
                 parts = [(part, b) for b in particle for part in b.parts]
                 for member, (part, b) in enumerate(parts):
                     block = modules[part]
                     scaled = make_places(b, block, slot, member) if part == b.name else []
                     places = {q.path: q for q in scaled}
-                    places.setdefault("", Place(slot, member, "", type(block))).guards = True
-=======
-                for member, b in enumerate(particle):
-                    block = modules[b.name]
-                    places = {q.path: q for q in make_places(b, block, slot, member)}
                     acting = tuple(places.values())
                     places.setdefault("", Place(slot, member, "", type(block))).inside = acting
->>>>>>> f1
                     for place in places.values():
                         module: nn.Module = descend(block, place.path)
                         attach(module, Site(stage, place))

@@ -40,7 +40,7 @@ class Place:
         scaled: for each parameter the path of its owner inside the module, its name there, and the power of the step.
         whole: whether the module's output, multiplied, is what the scaled parameters give.
         output: whether the output is multiplied in any case, for a branch that no parameter scales.
-        inside: where the block is entered, all of its places, which the stage looks after then; else empty.
+        inside: where the block is entered, all of its places, which the stage looks after then; else ``None``.
         turn: counts the sites that have stood here; only the newest acts.
     """
 
@@ -51,7 +51,7 @@ class Place:
     scaled: tuple[tuple[str, str, int], ...] = ()
     whole: bool = False
     output: bool = False
-    inside: tuple[Place, ...] = ()
+    inside: tuple[Place, ...] | None = None
     turn: int = 0
 
     def takes(self, module: nn.Module) -> bool:
@@ -89,7 +89,7 @@ class Site:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, or the block of the particle whose turn it is."""
-        if self.place.inside:
+        if self.place.inside is not None:
             return self.stage.enter_(self).run(*args, **kwargs)
         return self.run(*args, **kwargs)
 
