@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from torch_meanfield.convert.description import Description, Reads, describe
+from torch_meanfield.convert.description import Attribute, Description, Reads, describe
 from torch_meanfield.convert.residual import Addition, additions, nested_additions, origin
-from torch_meanfield.convert.scaling import NotScalable, powers
+from torch_meanfield.convert.scaling import NotScalable, absorbing, powers
 from torch_meanfield.convert.trace import ForwardGraph, ModuleCall, Value
 
 
@@ -50,6 +50,8 @@ class Block:
         description: what must be equal in blocks that change places.
         reason: why it cannot become a particle; ``None`` if it can.
         foldable: whether parameters take the step.
+        carried: for each attribute that is a factor in the block, the parameters that can make up for another value.
+        tables: of those that differ in its stage, the value at each place (:mod:`.carried`).
         before: in a loop, the modules that the branch runs through before (:mod:`.loops`).
         output: in a loop, which of the tensors that the module puts out is the branch; ``None``: its output holds the
             sum already.
@@ -62,6 +64,8 @@ class Block:
     description: Description = field(default_factory=dict)
     reason: str | None = None
     foldable: bool = True
+    carried: dict[str, list[Scaled]] = field(default_factory=dict)
+    tables: dict[str, tuple[float, ...]] = field(default_factory=dict)
     before: tuple[str, ...] = ()
     output: int | None = None
 
@@ -130,6 +134,25 @@ def scale_block(block: Block, graph: ForwardGraph, modules: dict[str, nn.Module]
         block.scaled = [] if foldable else _scaled_outputs(block.call, block.branches)
         block.reason = None if block.scaled else str(error)
     block.description |= {f"step on {s.path or s.site}": (s.site, s.power) for s in block.scaled}
+    block.carried = _carried(block, graph, modules)
+
+
+def _carried(block: Block, graph: ForwardGraph, modules: dict[str, nn.Module]) -> dict[str, list[Scaled]]:
+    """For each attribute by which the block multiplies, the parameters that can make up for another value of it."""
+    factors = {k: v.value for k, v in block.description.items() if isinstance(v, Attribute) and type(v.value) is float}
+    found: dict[str, list[Scaled]] = {}
+    span = range(block.call.start, block.call.end)
+    for key, value in factors.items() if block.output is None else ():
+        owner = f"{block.name}.{key}".rpartition(".")[0]
+        nodes = [n for n in graph.nodes[span.start : span.stop] if n.module == owner and n.name in ("mul", "multiply")]
+        nodes = [n for n in nodes if any(type(a) is float and a == value for a in n.args)]
+        try:
+            values = [v for n in nodes[:1] for v in absorbing(graph, span, n)] if len(nodes) == 1 else []
+        except NotScalable:
+            continue
+        if values and all(v.name.startswith(f"{block.name}.") for v in values):
+            found[key] = [_scaled(v, -1, block.call, graph, modules) for v in values]
+    return found
 
 
 def shared(parts: Sequence[str], model: nn.Module) -> str | None:
@@ -150,6 +173,8 @@ def _scaled_parameters(
 ) -> list[Scaled]:
     span = range(call.start, call.end)
     result, degree = powers(graph, span, [a.branch for a in branches], [v for a in branches for v in a.node.outputs])
+    if any(degree.get(v, 0) for v in call.outputs):
+        raise NotScalable("what it puts out beside the stream would be scaled too")
     prefix = f"{call.name}."
     scaled = []
     for value, power in result.items():
@@ -157,14 +182,19 @@ def _scaled_parameters(
             raise NotScalable(f"its last affine layer {value.name!r} is not inside the block")
         if any(not span.start <= node.index < span.stop for node in graph.readers[value]):
             raise NotScalable(f"its last affine layer {value.name!r} is read outside of the block")
-        owner, _, name = value.name[len(prefix) :].rpartition(".")
-        site = _scaling_module(graph, value, call.name, owner, modules)
+        entry = _scaled(value, power, call, graph, modules)
+        site = entry.site
         inside = [c for c in _inside(call) if c.name == f"{prefix}{site}".rstrip(".")]
         ends = [[degree.get(v, 0) for v in values] for c in inside for values in (c.inputs, c.outputs)]
-        whole = bool(ends) and not any(sum(ends[::2], [])) and all(out == [1] for out in ends[1::2])
-        scaled.append(Scaled(site, owner, name, power, whole))
+        entry.whole = bool(ends) and not any(sum(ends[::2], [])) and all(out == [1] for out in ends[1::2])
+        scaled.append(entry)
     order = {name: i for i, (name, _) in enumerate(modules[call.name].named_parameters())}
     return sorted(scaled, key=lambda s: order.get(s.path, 0))
+
+
+def _scaled(value: Value, power: int, call: ModuleCall, graph: ForwardGraph, modules: dict[str, nn.Module]) -> Scaled:
+    owner, _, name = value.name[len(call.name) + 1 :].rpartition(".")
+    return Scaled(_scaling_module(graph, value, call.name, owner, modules), owner, name, power)
 
 
 def _scaled_outputs(call: ModuleCall, branches: list[Addition]) -> list[Scaled]:

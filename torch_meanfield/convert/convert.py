@@ -120,7 +120,8 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
     try:
         for p in plan.stages:
             blocks = [[modules[part] for b in particle for part in b.parts] for particle in p.particles]
-            stage = ConvertedStage(blocks, check_horizon(horizon, len(blocks)))
+            carries = any(b.tables for b in p.particles[0])
+            stage = ConvertedStage(blocks, check_horizon(horizon, len(blocks)), carries=carries)
             stage.train(model.training)
             host = modules[p.host]
             name = _free_name(host, p.around)
@@ -137,7 +138,7 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
                         module: nn.Module = descend(block, place.path)
                         attach(module, Site(stage, place))
                         attached.append(module)
-                    stage.places[slot, member] = [q for q in places.values() if q.scaled or q.output]
+                    stage.places[slot, member] = [q for q in places.values() if q.acts]
             reports.append(_report(p, f"{p.host}.{name}".lstrip(".")))
         report = ConversionReport(type(model).__name__, tuple(reports), tuple(plan.fixed))
         model.__dict__[RECORD] = ConversionRecord(report, example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_meanfield.convert.carried import Carried
 from torch_meanfield.convert.sites import WAY_OUT, Place, Site, attach, descend, site_of
 from torch_meanfield.depth.exchangeable import check_alike
 from torch_meanfield.depth.layer import MeanFieldLayer
@@ -33,12 +35,13 @@ class ConvertedStage(MeanFieldLayer):
         particles: for each slot the block, or the blocks that travel together. They are held weakly, and a copy of
             the whole model has a stage of its own that holds the copies.
         horizon: the last time T.
+        carries: whether constants travel with the particles, see :mod:`.carried`.
 
     Raises:
         ValueError: blocks whose tensors do not correspond.
     """
 
-    def __init__(self, particles: Sequence[Sequence[nn.Module]], horizon: float) -> None:
+    def __init__(self, particles: Sequence[Sequence[nn.Module]], horizon: float, *, carries: bool = False) -> None:
         super().__init__()
         self.members = Members(particles)
         self.places: dict[tuple[int, int], list[Place]] = {}
@@ -46,6 +49,7 @@ class ConvertedStage(MeanFieldLayer):
         tensors = [t for c in columns for t in c.tensors]
         first = next((t for t in tensors if t.is_floating_point()), None)
         self._place_on_axis(len(particles), horizon, first)
+        self.carried = Carried(len(particles), self.tau_axis.anchor) if carries else None
         Population(columns, name=self._label())  # refuses what two particles hold
         self.tau_axis.mark_sorted()
 
@@ -105,6 +109,8 @@ class ConvertedStage(MeanFieldLayer):
         """The particles: each owns one tensor of every name in its blocks, and its position on the tau axis."""
         self.check_held_()
         columns: list[Column] = list(self._columns())
+        carried = getattr(self, "carried", None)  # not in stages that older versions pickled
+        columns += [] if carried is None else [Slice(carried.home)]
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
         return _Blocks(columns, owner=self, name=self._label())
 
@@ -143,7 +149,7 @@ class ConvertedStage(MeanFieldLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        keys = [f"{prefix}tau_axis.{name}" for name in named_tensors(self.tau_axis)]
+        keys = [f"{prefix}{name}" for name in named_tensors(self)]
         self._absent = keys if not any(k in state_dict for k in keys) else []
 
     def _loaded(self, incompatible_keys: Any) -> None:
@@ -152,6 +158,14 @@ class ConvertedStage(MeanFieldLayer):
         absent = self.__dict__.pop("_absent", [])
         missing = incompatible_keys.missing_keys
         missing[:] = [k for k in missing if k not in absent]
+        carried = getattr(self, "carried", None)
+        if absent and carried is not None and carried.has_moved():
+            warnings.warn(
+                f"{self._label()}: what was loaded is of a model that was not converted, but the blocks here have "
+                f"changed places and carry constants with them; call carried.reset_parameters() of this stage",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         # Unsorted slots stay as they are until the next step: steps() and step() take them by rank, and other blocks
         # of the model may not have been loaded yet.
         self.tau_axis.mark_sorted(False)
