@@ -162,19 +162,17 @@ def _stages(
     numbers: bool,
 ) -> list[list[list[Block]]]:
     """The particles of each stage in one run of blocks; blocks that are in none get the reason."""
-    labels: list[int | None] = []
-    first: list[Block] = []
     for block in run:
-        label = None
         if block.reason is None and not chosen(block.name):
             block.reason = "left out by include and exclude"
-        if block.reason is None:
-            alike = (i for i, b in enumerate(first) if _difference(b, block, ignore, numbers=numbers) is None)
-            label = next(alike, None)
-            if label is None:
-                label = len(first)
-                first.append(block)
-        labels.append(label)
+    kept = [block.carried for block in run]
+    for block in run:  # constants travel only where the run has no particles without that
+        block.carried = {}
+    labels = _labels(run, ignore, numbers=numbers)
+    if not segments(labels):
+        for block, carried in zip(run, kept, strict=True):
+            block.carried = carried
+        labels = _labels(run, ignore, numbers=numbers)
     if numbers:
         labels = _proven(run, labels, copy, example, ignore)
     found = segments(labels)
@@ -185,6 +183,22 @@ def _stages(
         if i not in inside and block.reason is None:
             block.reason = _unlike_neighbours(i, run, ignore, numbers=numbers)
     return [[run[s + k * p : s + (k + 1) * p] for k in range(repeats)] for s, p, repeats in found]
+
+
+def _labels(run: list[Block], ignore: Sequence[str], *, numbers: bool) -> list[int | None]:
+    """Equal numbers for blocks that nothing known of them forbids to change places."""
+    labels: list[int | None] = []
+    first: list[Block] = []
+    for block in run:
+        label = None
+        if block.reason is None:
+            alike = (i for i, b in enumerate(first) if _difference(b, block, ignore, numbers=numbers) is None)
+            label = next(alike, None)
+            if label is None:
+                label = len(first)
+                first.append(block)
+        labels.append(label)
+    return labels
 
 
 def _difference(one: Block, other: Block, ignore: Sequence[str], *, numbers: bool) -> str | None:

@@ -218,7 +218,7 @@ def _degree(node: Node, degree: dict[Value, int], result: Powers) -> int:
             return of(weight)
         if name in NORMS or of(weight) or any(of(b) for b in biases):
             raise refused
-        if not isinstance(weight, Value):
+        if not isinstance(weight, Value) or not weight.constant:
             raise refused
         for parameter in last_affines(weight):
             if result.setdefault(parameter, -1) != -1:
