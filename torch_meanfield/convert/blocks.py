@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_meanfield.convert.description import Attribute, Description, Reads, describe
 from torch_meanfield.convert.residual import Addition, additions, nested_additions, origin
-from torch_meanfield.convert.scaling import NotScalable, absorbing, powers
+from torch_meanfield.convert.scaling import NotScalable, absorbing, last_affines, powers
 from torch_meanfield.convert.trace import ForwardGraph, ModuleCall, Value
 
 
@@ -52,6 +52,7 @@ class Block:
         foldable: whether parameters take the step.
         carried: for each attribute that is a factor in the block, the parameters that can make up for another value.
         tables: of those that differ in its stage, the value at each place (:mod:`.carried`).
+        skipped: which of its additions are part of the stream, since all blocks share what they add.
         before: in a loop, the modules that the branch runs through before (:mod:`.loops`).
         output: in a loop, which of the tensors that the module puts out is the branch; ``None``: its output holds the
             sum already.
@@ -66,6 +67,7 @@ class Block:
     foldable: bool = True
     carried: dict[str, list[Scaled]] = field(default_factory=dict)
     tables: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    skipped: frozenset[int] = frozenset()
     before: tuple[str, ...] = ()
     output: int | None = None
 
@@ -127,6 +129,11 @@ def scale_block(block: Block, graph: ForwardGraph, modules: dict[str, nn.Module]
     """Find what takes the step of ``block``, unless there is a reason against it already; the reason if nothing can."""
     if block.reason is not None:
         return
+    common = {p for part in block.parts for p in common_to_all(part, modules[""])}
+    if common:  # what such a layer adds is part of the stream
+        theirs = [i for i, a in enumerate(block.branches) if _all_common(a.branch, common, modules)]
+        block.skipped = frozenset(theirs) if len(theirs) < len(block.branches) else frozenset()
+        block.branches = [a for i, a in enumerate(block.branches) if i not in block.skipped]
     try:
         block.scaled = _scaled_parameters(graph, block.call, block.branches, modules)
     except NotScalable as error:
@@ -135,6 +142,14 @@ def scale_block(block: Block, graph: ForwardGraph, modules: dict[str, nn.Module]
         block.reason = None if block.scaled else str(error)
     block.description |= {f"step on {s.path or s.site}": (s.site, s.power) for s in block.scaled}
     block.carried = _carried(block, graph, modules)
+
+
+def _all_common(branch: Value, common: set[int], modules: dict[str, nn.Module]) -> bool:
+    try:
+        names = [v.name for v in last_affines(branch)]
+    except NotScalable:
+        return False
+    return all(id(modules[""].get_parameter(name)) in common for name in names)
 
 
 def _carried(block: Block, graph: ForwardGraph, modules: dict[str, nn.Module]) -> dict[str, list[Scaled]]:
@@ -161,11 +176,25 @@ def shared(parts: Sequence[str], model: nn.Module) -> str | None:
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
     for part in parts:
+        common = common_to_all(part, model)
         for own, p in model.get_submodule(part).named_parameters():
-            for other in names[id(p)]:
+            for other in names[id(p)] if id(p) not in common else ():
                 if not any(other.startswith(f"{name}.") for name in parts):
                     return f"it shares its parameter {own!r} with {other!r}; a particle must own its tensors"
     return None
+
+
+def common_to_all(name: str, model: nn.Module) -> set[int]:
+    """The ``id`` of each parameter that every block beside ``name`` holds at the same place: it belongs to no particle.
+
+    In CoaT all blocks of a stage hold one convolution that encodes positions.
+    """
+    module, (parent, _, _) = model.get_submodule(name), name.rpartition(".")
+    beside = [m for m in model.get_submodule(parent).children() if type(m) is type(module)]
+    if len(beside) < 2:
+        return set()
+    theirs = [dict(m.named_parameters()) for m in beside]
+    return {id(p) for own, p in module.named_parameters() if all(t.get(own) is p for t in theirs)}
 
 
 def _scaled_parameters(

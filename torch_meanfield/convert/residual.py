@@ -13,7 +13,7 @@ class Addition:
     """One addition of a branch to the stream.
 
     Attributes:
-        node: the addition, or a subtraction of the stream from the branch.
+        node: the addition.
         branch: the summand that is computed by the branch.
     """
 
@@ -111,24 +111,10 @@ def _way(value: Value, call: ModuleCall) -> tuple[list[Addition], int] | None:
                 return chosen[0], between + chosen[1] + 1
             if branch.shape != node.outputs[0].shape and node.inputs[stream].shape != node.outputs[0].shape:
                 return None
-            return [*chosen[0], _unmixed(Addition(node, branch), node.inputs[stream])], between + chosen[1]
+            return [*chosen[0], Addition(node, branch)], between + chosen[1]
         else:
             return None
     return [], between
-
-
-def _unmixed(addition: Addition, stream: Value) -> Addition:
-    """Of ``x + a (f(x) - x)`` the branch is ``f(x)``, as in ``(1 - a) x + a f(x)``; any other is what it is."""
-    value = addition.branch
-    while value.node is not None and value is not stream:
-        node = value.node
-        if node.name in ("sub", "subtract") and len(node.inputs) == 2 and origin(node.inputs[1]) is origin(stream):
-            return Addition(node, node.inputs[0])
-        moving = [v for v in node.inputs if not v.constant]
-        if len(moving) != 1 or node.name not in SAME | {"mul", "multiply"}:
-            break
-        value = moving[0]
-    return addition
 
 
 def origin(value: Value, start: int = 0) -> Value:

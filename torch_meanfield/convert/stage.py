@@ -127,8 +127,8 @@ class ConvertedStage(MeanFieldLayer):
         columns = []
         for name in reversed(list(names)):
             row = [theirs[name] for theirs in tensors]
-            # A table that all blocks share belongs to no particle.
-            if len(row) > 1 and all(t is row[0] for t in row) and not isinstance(row[0], nn.Parameter):
+            # What all blocks share belongs to no particle.
+            if len(row) > 1 and all(t is row[0] for t in row):
                 continue
             columns.append(Stack(row))
         return columns
