@@ -233,7 +233,7 @@ def resorts(model: Any, stage: Any) -> Iterator[str]:
     )
     for p in model.parameters():
         p.grad = None
-    columns = stage.population().columns[:-2]
+    columns = [c for c in stage.population().columns if len(c.tensors) == len(stage)]  # the others are of the axis
     for column in columns:
         for i, t in enumerate(column.tensors):
             if t.requires_grad:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from torch_meanfield.convert.description import Description, Reads, describe
+from torch_meanfield.convert.description import Attribute, Description, Reads, describe
 from torch_meanfield.convert.residual import Addition, additions, nested_additions, origin
-from torch_meanfield.convert.scaling import NotScalable, powers
+from torch_meanfield.convert.scaling import NotScalable, absorbing, last_affines, powers
 from torch_meanfield.convert.trace import ForwardGraph, ModuleCall, Value
 
 
@@ -50,6 +50,9 @@ class Block:
         description: what must be equal in blocks that change places.
         reason: why it cannot become a particle; ``None`` if it can.
         foldable: whether parameters take the step.
+        carried: for each attribute that is a factor in the block, the parameters that can make up for another value.
+        tables: of those that differ in its stage, the value at each place (:mod:`.carried`).
+        skipped: which of its additions are part of the stream, since all blocks share what they add.
         before: in a loop, the modules that the branch runs through before (:mod:`.loops`).
         output: in a loop, which of the tensors that the module puts out is the branch; ``None``: its output holds the
             sum already.
@@ -62,6 +65,9 @@ class Block:
     description: Description = field(default_factory=dict)
     reason: str | None = None
     foldable: bool = True
+    carried: dict[str, list[Scaled]] = field(default_factory=dict)
+    tables: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    skipped: frozenset[int] = frozenset()
     before: tuple[str, ...] = ()
     output: int | None = None
 
@@ -123,6 +129,11 @@ def scale_block(block: Block, graph: ForwardGraph, modules: dict[str, nn.Module]
     """Find what takes the step of ``block``, unless there is a reason against it already; the reason if nothing can."""
     if block.reason is not None:
         return
+    common = {p for part in block.parts for p in common_to_all(part, modules[""])}
+    if common:  # what such a layer adds is part of the stream
+        theirs = [i for i, a in enumerate(block.branches) if _all_common(a.branch, common, modules)]
+        block.skipped = frozenset(theirs) if len(theirs) < len(block.branches) else frozenset()
+        block.branches = [a for i, a in enumerate(block.branches) if i not in block.skipped]
     try:
         block.scaled = _scaled_parameters(graph, block.call, block.branches, modules)
     except NotScalable as error:
@@ -130,6 +141,33 @@ def scale_block(block: Block, graph: ForwardGraph, modules: dict[str, nn.Module]
         block.scaled = [] if foldable else _scaled_outputs(block.call, block.branches)
         block.reason = None if block.scaled else str(error)
     block.description |= {f"step on {s.path or s.site}": (s.site, s.power) for s in block.scaled}
+    block.carried = _carried(block, graph, modules)
+
+
+def _all_common(branch: Value, common: set[int], modules: dict[str, nn.Module]) -> bool:
+    try:
+        names = [v.name for v in last_affines(branch)]
+    except NotScalable:
+        return False
+    return all(id(modules[""].get_parameter(name)) in common for name in names)
+
+
+def _carried(block: Block, graph: ForwardGraph, modules: dict[str, nn.Module]) -> dict[str, list[Scaled]]:
+    """For each attribute by which the block multiplies, the parameters that can make up for another value of it."""
+    factors = {k: v.value for k, v in block.description.items() if isinstance(v, Attribute) and type(v.value) is float}
+    found: dict[str, list[Scaled]] = {}
+    span = range(block.call.start, block.call.end)
+    for key, value in factors.items() if block.output is None else ():
+        owner = f"{block.name}.{key}".rpartition(".")[0]
+        nodes = [n for n in graph.nodes[span.start : span.stop] if n.module == owner and n.name in ("mul", "multiply")]
+        nodes = [n for n in nodes if any(type(a) is float and a == value for a in n.args)]
+        try:
+            values = [v for n in nodes[:1] for v in absorbing(graph, span, n)] if len(nodes) == 1 else []
+        except NotScalable:
+            continue
+        if values and all(v.name.startswith(f"{block.name}.") for v in values):
+            found[key] = [_scaled(v, -1, block.call, graph, modules) for v in values]
+    return found
 
 
 def shared(parts: Sequence[str], model: nn.Module) -> str | None:
@@ -138,11 +176,25 @@ def shared(parts: Sequence[str], model: nn.Module) -> str | None:
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
     for part in parts:
+        common = common_to_all(part, model)
         for own, p in model.get_submodule(part).named_parameters():
-            for other in names[id(p)]:
+            for other in names[id(p)] if id(p) not in common else ():
                 if not any(other.startswith(f"{name}.") for name in parts):
                     return f"it shares its parameter {own!r} with {other!r}; a particle must own its tensors"
     return None
+
+
+def common_to_all(name: str, model: nn.Module) -> set[int]:
+    """The ``id`` of each parameter that every block beside ``name`` holds at the same place: it belongs to no particle.
+
+    In CoaT all blocks of a stage hold one convolution that encodes positions.
+    """
+    module, (parent, _, _) = model.get_submodule(name), name.rpartition(".")
+    beside = [m for m in model.get_submodule(parent).children() if type(m) is type(module)]
+    if len(beside) < 2:
+        return set()
+    theirs = [dict(m.named_parameters()) for m in beside]
+    return {id(p) for own, p in module.named_parameters() if all(t.get(own) is p for t in theirs)}
 
 
 def _scaled_parameters(
@@ -150,6 +202,8 @@ def _scaled_parameters(
 ) -> list[Scaled]:
     span = range(call.start, call.end)
     result, degree = powers(graph, span, [a.branch for a in branches], [v for a in branches for v in a.node.outputs])
+    if any(degree.get(v, 0) for v in call.outputs):
+        raise NotScalable("what it puts out beside the stream would be scaled too")
     prefix = f"{call.name}."
     scaled = []
     for value, power in result.items():
@@ -157,14 +211,19 @@ def _scaled_parameters(
             raise NotScalable(f"its last affine layer {value.name!r} is not inside the block")
         if any(not span.start <= node.index < span.stop for node in graph.readers[value]):
             raise NotScalable(f"its last affine layer {value.name!r} is read outside of the block")
-        owner, _, name = value.name[len(prefix) :].rpartition(".")
-        site = _scaling_module(graph, value, call.name, owner, modules)
+        entry = _scaled(value, power, call, graph, modules)
+        site = entry.site
         inside = [c for c in _inside(call) if c.name == f"{prefix}{site}".rstrip(".")]
         ends = [[degree.get(v, 0) for v in values] for c in inside for values in (c.inputs, c.outputs)]
-        whole = bool(ends) and not any(sum(ends[::2], [])) and all(out == [1] for out in ends[1::2])
-        scaled.append(Scaled(site, owner, name, power, whole))
+        entry.whole = bool(ends) and not any(sum(ends[::2], [])) and all(out == [1] for out in ends[1::2])
+        scaled.append(entry)
     order = {name: i for i, (name, _) in enumerate(modules[call.name].named_parameters())}
     return sorted(scaled, key=lambda s: order.get(s.path, 0))
+
+
+def _scaled(value: Value, power: int, call: ModuleCall, graph: ForwardGraph, modules: dict[str, nn.Module]) -> Scaled:
+    owner, _, name = value.name[len(call.name) + 1 :].rpartition(".")
+    return Scaled(_scaling_module(graph, value, call.name, owner, modules), owner, name, power)
 
 
 def _scaled_outputs(call: ModuleCall, branches: list[Addition]) -> list[Scaled]:

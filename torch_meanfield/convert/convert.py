@@ -120,7 +120,8 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
     try:
         for p in plan.stages:
             blocks = [[modules[part] for b in particle for part in b.parts] for particle in p.particles]
-            stage = ConvertedStage(blocks, check_horizon(horizon, len(blocks)))
+            carries = any(b.tables for b in p.particles[0])
+            stage = ConvertedStage(blocks, check_horizon(horizon, len(blocks)), carries=carries)
             stage.train(model.training)
             host = modules[p.host]
             name = _free_name(host, p.around)
@@ -132,7 +133,7 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
                     block = modules[part]
                     scaled = make_places(b, block, slot, member) if part == b.name else []
                     places = {q.path: q for q in scaled}
-                    acting = tuple(places.values())
+                    acting = tuple(q for q in scaled if q.acts)
                     places.setdefault("", Place(slot, member, "", type(block))).inside = acting
                     for place in places.values():
                         module: nn.Module = descend(block, place.path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, cast
@@ -109,6 +109,11 @@ def places_apart(one: str, other: str) -> int | None:
     return int(pairs[0][1]) - int(pairs[0][0])
 
 
+def ignored(key: str, ignore: Sequence[str]) -> bool:
+    """Whether the name of the attribute ``key`` is among the patterns."""
+    return any(fnmatchcase(key.rpartition(".")[2], pattern) for pattern in ignore)
+
+
 def counts(one: Any, other: Any, places: int | None) -> bool:
     """Whether two entries of descriptions are attributes that count the blocks, which are ``places`` places apart."""
     both = isinstance(one, Attribute) and isinstance(other, Attribute)
@@ -122,6 +127,7 @@ def difference(
     *,
     places: int | None = None,
     ignore: Sequence[str] = (),
+    carried: Collection[str] = (),
 ) -> str | None:
     """The first difference between two descriptions in words; ``None`` if the blocks may change places.
 
@@ -130,13 +136,14 @@ def difference(
     Args:
         places: how many places they are apart; ``None`` if that is not known, or cannot be tried.
         ignore: patterns of attributes.
+        carried: attributes that can travel with the particle.
     """
     for key in (*one, *other):
         mine, theirs = one.get(key, "nothing"), other.get(key, "nothing")
-        if mine == theirs or counts(mine, theirs, places):
+        if mine == theirs or key in carried or counts(mine, theirs, places):
             continue
         if isinstance(mine, Attribute) or isinstance(theirs, Attribute):
-            if any(fnmatchcase(key.rpartition(".")[2], pattern) for pattern in ignore):
+            if ignored(key, ignore):
                 continue
         return f"at {key or 'its top'!r} it has {_short(mine)}, {other_name} has {_short(theirs)}"
     return None

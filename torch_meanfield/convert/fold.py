@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_meanfield._torch import children_of, parameters_of
 from torch_meanfield.convert.report import RECORD, ConversionRecord, conversion_report, find_record
-from torch_meanfield.convert.sites import descend, detach, factor, site_of
+from torch_meanfield.convert.sites import descend, detach, site_of
 from torch_meanfield.convert.stage import ConvertedStage, stages_of
 from torch_meanfield.depth.euler import scaled_by
 from torch_meanfield.observe import run, tensors_in, undisturbed
@@ -83,10 +83,10 @@ def _fold_(model: nn.Module) -> None:
         site = site_of(module)
         if site is None:
             continue
-        for path, name, power in site.place.scaled:
+        for path, name, by in site.factors(site.stage.step(site.place.slot)):
             parameter = parameters_of(descend(module, path))[name]
             assert parameter is not None
-            parameter.copy_(scaled_by(parameter, factor(site.stage.step(site.place.slot), power)))
+            parameter.copy_(scaled_by(parameter, by))
         detach(module)
     for module in list(model.modules()):
         for name, child in list(children_of(module).items()):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from torch_meanfield.convert.blocks import Block, chains, find_blocks, is_in
-from torch_meanfield.convert.description import counts, difference, places_apart, reads_recorded
+from torch_meanfield.convert.description import counts, difference, ignored, places_apart, reads_recorded
 from torch_meanfield.convert.loops import loop_runs
 from torch_meanfield.convert.report import FixedBlock
 from torch_meanfield.convert.segments import segments
@@ -96,12 +96,23 @@ def plan_conversion(
             free = [b for b in run if not any(b.meets(t) for t in taken)]
             for part in _unbroken(run, free):
                 for particles in _stages(part, chosen, copy, example, ignore, numbers=not on_meta):
+                    _fill_tables(particles, ignore)
                     plan.stages.append(StagePlan(particles, _host(particles, modules, iterating), not on_meta))
                     taken += [p for particle in particles for b in particle for p in b.parts]
         seen = {b.name: b for run in runs for b in run} | seen
     plan.stages.sort(key=lambda s: seen[s.particles[0][0].name].call.start)
     plan.fixed = _fixed(list(seen.values()), taken, iterating)
     return plan
+
+
+def _fill_tables(particles: list[list[Block]], ignore: Sequence[str]) -> None:
+    """Note which attributes travel: those that differ from place to place and are not ignored."""
+    for blocks in zip(*particles, strict=True):
+        for key in blocks[0].carried:
+            table = tuple(b.description[key].value for b in blocks)
+            if len(set(table)) > 1 and not ignored(key, ignore):
+                for b in blocks:
+                    b.tables[key] = table
 
 
 def _unbroken(run: list[Block], free: list[Block]) -> list[list[Block]]:
@@ -151,19 +162,17 @@ def _stages(
     numbers: bool,
 ) -> list[list[list[Block]]]:
     """The particles of each stage in one run of blocks; blocks that are in none get the reason."""
-    labels: list[int | None] = []
-    first: list[Block] = []
     for block in run:
-        label = None
         if block.reason is None and not chosen(block.name):
             block.reason = "left out by include and exclude"
-        if block.reason is None:
-            alike = (i for i, b in enumerate(first) if _difference(b, block, ignore, numbers=numbers) is None)
-            label = next(alike, None)
-            if label is None:
-                label = len(first)
-                first.append(block)
-        labels.append(label)
+    kept = [block.carried for block in run]
+    for block in run:  # constants travel only where the run has no particles without that
+        block.carried = {}
+    labels = _labels(run, ignore, numbers=numbers)
+    if not segments(labels):
+        for block, carried in zip(run, kept, strict=True):
+            block.carried = carried
+        labels = _labels(run, ignore, numbers=numbers)
     if numbers:
         labels = _proven(run, labels, copy, example, ignore)
     found = segments(labels)
@@ -176,9 +185,27 @@ def _stages(
     return [[run[s + k * p : s + (k + 1) * p] for k in range(repeats)] for s, p, repeats in found]
 
 
+def _labels(run: list[Block], ignore: Sequence[str], *, numbers: bool) -> list[int | None]:
+    """Equal numbers for blocks that nothing known of them forbids to change places."""
+    labels: list[int | None] = []
+    first: list[Block] = []
+    for block in run:
+        label = None
+        if block.reason is None:
+            alike = (i for i, b in enumerate(first) if _difference(b, block, ignore, numbers=numbers) is None)
+            label = next(alike, None)
+            if label is None:
+                label = len(first)
+                first.append(block)
+        labels.append(label)
+    return labels
+
+
 def _difference(one: Block, other: Block, ignore: Sequence[str], *, numbers: bool) -> str | None:
     places = places_apart(one.name, other.name) if numbers else None
-    return difference(one.description, other.description, other.name, places=places, ignore=ignore)
+    both = one.carried.keys() & other.carried.keys()
+    carried = {k for k in both if [s.path for s in one.carried[k]] == [s.path for s in other.carried[k]]}
+    return difference(one.description, other.description, other.name, places=places, ignore=ignore, carried=carried)
 
 
 def _proven(
@@ -207,8 +234,11 @@ def _proven(
             elif i != members[0]:
                 counting = _counting(block, run[i])
                 pairs = zip(trials, run[i].parts, strict=True)
-                tried = (t.same_function(modules[p], ignore, training=bool(counting)) for t, p in pairs)
+                equal = [k for k in block.carried if block.description[k] != run[i].description.get(k)]
+                tried = (t.same_function(modules[p], ignore, equal, training=bool(counting)) for t, p in pairs)
                 unlike = next((reason for reason in tried if reason is not None), None)
+                for key in equal if unlike is None else ():
+                    unlike = unlike or trials[-1].makes_up(key, run[i].description[key].value)
                 if unlike is not None:
                     because = f"; {counting[0]!r} differs between them" if counting else ""
                     run[i].reason, labels[i] = f"it is not exchangeable with {block.name}: {unlike}{because}", None

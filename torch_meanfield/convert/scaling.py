@@ -157,6 +157,24 @@ def powers(
             raise error from None
 
 
+def absorbing(graph: ForwardGraph, span: range, node: Node) -> list[Value]:
+    """The parameters to divide by s, so that multiplying what ``node`` puts out by s changes nothing behind them.
+
+    Raises:
+        NotScalable: something nonlinear, or the end of the block, comes before a linear layer.
+    """
+    degree: dict[Value, int] = dict.fromkeys(node.outputs, 1)
+    result: Powers = {}
+    for later in graph.nodes[node.index + 1 : span.stop]:
+        if any(degree.get(v, 0) for v in later.inputs):
+            degree.update(dict.fromkeys(later.outputs, _degree(later, degree, result)))
+    ends = [v for v in degree if degree[v] and not any(reader.index < span.stop for reader in graph.readers.get(v, ()))]
+    once = all([span.start <= n.index < span.stop for n in graph.readers[v]] == [True] for v in result)
+    if ends or not once:
+        raise NotScalable("the factor reaches beyond the block, or what it would be divided by is read elsewhere")
+    return list(result)
+
+
 def _powers(
     graph: ForwardGraph, span: range, branches: list[Value], stream: list[Value], avoid: frozenset[Value]
 ) -> tuple[Powers, Powers]:
@@ -200,10 +218,11 @@ def _degree(node: Node, degree: dict[Value, int], result: Powers) -> int:
             return of(weight)
         if name in NORMS or of(weight) or any(of(b) for b in biases):
             raise refused
-        if not isinstance(weight, Value) or weight.kind != "parameter":
+        if not isinstance(weight, Value) or not weight.constant:
             raise refused
-        if result.setdefault(weight, -1) != -1:
-            raise refused
+        for parameter in last_affines(weight):
+            if result.setdefault(parameter, -1) != -1:
+                raise refused
         return 0
     if name == MULTIHEAD:
         projection = [v for v in (node.arg(11, "out_proj_weight"), node.arg(12, "out_proj_bias")) if v is not None]

@@ -40,6 +40,7 @@ class Place:
         scaled: for each parameter the path of its owner inside the module, its name there, and the power of the step.
         whole: whether the module's output, multiplied, is what the scaled parameters give.
         output: whether the output is multiplied in any case, for a branch that no parameter scales.
+        carried: likewise for each parameter that makes up for a constant of the place, with the constants of all.
         inside: where the block is entered, all of its places, which the stage looks after then; else ``None``.
         turn: counts the sites that have stood here; only the newest acts.
     """
@@ -51,15 +52,21 @@ class Place:
     scaled: tuple[tuple[str, str, int], ...] = ()
     whole: bool = False
     output: bool = False
+    carried: tuple[tuple[str, str, tuple[float, ...]], ...] = ()
     inside: tuple[Place, ...] | None = None
     turn: int = 0
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is multiplied here."""
+        return bool(self.scaled or self.output or self.carried)
 
     def takes(self, module: nn.Module) -> bool:
         """Whether ``module`` is plainly the layer that was converted, and holds the parameters that take the step."""
         kind = type(module)
         if kind.forward is not self.kind.forward and not (is_batch_norm(kind) and is_batch_norm(self.kind)):
             return False
-        owners = [(descend(module, path), name) for path, name, _ in self.scaled]
+        owners = [(descend(module, path), name) for path, name, _ in (*self.scaled, *self.carried)]
         return all(o is not None and parameters_of(o).get(name) is not None for o, name in owners)
 
     def plain(self, module: nn.Module) -> bool:
@@ -109,20 +116,27 @@ class Site:
             raise RuntimeError(f"{place.changed(module)}, and its step acts on nothing; {WAY_OUT}")
         kept: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
-            for path, name, power in place.scaled:
+            for path, name, by in self.factors(step):
                 parameters: dict[str, Any] = parameters_of(descend(module, path))
                 kept.append((parameters, name, parameters[name]))
                 # As torch.func.functional_call does it, and torch.compile can follow.
-                parameters[name] = scaled_by(parameters[name], factor(step, power))
+                parameters[name] = scaled_by(parameters[name], by)
             return forward(*args, **kwargs)
         finally:
-            for parameters, name, parameter in kept:
+            for parameters, name, parameter in reversed(kept):
                 parameters[name] = parameter
+
+    def factors(self, step: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+        """What each parameter is multiplied by: the path of its owner, its name, and the factor."""
+        for path, name, power in self.place.scaled:
+            yield path, name, factor(step, power)
+        for path, name, table in self.place.carried:
+            yield path, name, self.stage.carried.factor(self.place.slot, table)
 
     @property
     def acts(self) -> bool:
         """Whether a step acts: not where a block is merely entered, nor inside what has taken the layer's place."""
-        return self.turn == self.place.turn and bool(self.place.scaled or self.place.output)
+        return self.turn == self.place.turn and self.place.acts
 
     @property
     def __globals__(self) -> dict[str, Any]:  # what torch.jit.script asks a forward for

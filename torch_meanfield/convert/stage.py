@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_meanfield.convert.carried import Carried
 from torch_meanfield.convert.sites import WAY_OUT, Place, Site, attach, descend, site_of
 from torch_meanfield.depth.exchangeable import check_alike
 from torch_meanfield.depth.layer import MeanFieldLayer
@@ -37,12 +38,13 @@ class ConvertedStage(MeanFieldLayer):
         particles: for each slot the block, or the blocks that travel together. They are held weakly, and a copy of
             the whole model has a stage of its own that holds the copies.
         horizon: the last time T.
+        carries: whether constants travel with the particles, see :mod:`.carried`.
 
     Raises:
         ValueError: blocks whose tensors do not correspond.
     """
 
-    def __init__(self, particles: Sequence[Sequence[nn.Module]], horizon: float) -> None:
+    def __init__(self, particles: Sequence[Sequence[nn.Module]], horizon: float, *, carries: bool = False) -> None:
         super().__init__()
         self.members = Members(particles)
         self.places: dict[tuple[int, int], tuple[Place, ...]] = {}
@@ -50,6 +52,7 @@ class ConvertedStage(MeanFieldLayer):
         tensors = [t for c in columns for t in c.tensors]
         first = next((t for t in tensors if t.is_floating_point()), None)
         self._place_on_axis(len(particles), horizon, first)
+        self.carried = Carried(len(particles), self.tau_axis.anchor) if carries else None
         Population(columns, name=self._label())  # refuses what two particles hold
         self.tau_axis.mark_sorted()
 
@@ -71,7 +74,7 @@ class ConvertedStage(MeanFieldLayer):
                 site = theirs
         block = site.module()
         if block is not None:
-            self._hold_(block, site.place.inside, entered=True)
+            self._hold_(block, site.place.inside or (), entered=True)
         return site
 
     def check_held_(self) -> None:
@@ -111,6 +114,8 @@ class ConvertedStage(MeanFieldLayer):
         """The particles: each owns one tensor of every name in its blocks, and its position on the tau axis."""
         self.check_held_()
         columns: list[Column] = list(self._columns())
+        carried = getattr(self, "carried", None)  # not in stages that older versions pickled
+        columns += [] if carried is None else [Slice(carried.home)]
         columns += [Slice(t) for t in named_tensors(self.tau_axis).values()]
         mine = set(self.modules())  # a stage may be registered inside a block
         traits = Traits([[m for block in blocks for m in block.modules() if m not in mine] for blocks in self])
@@ -129,8 +134,8 @@ class ConvertedStage(MeanFieldLayer):
         columns = []
         for name in reversed(list(names)):
             row = [theirs[name] for theirs in tensors]
-            # A table that all blocks share belongs to no particle.
-            if len(row) > 1 and all(t is row[0] for t in row) and not isinstance(row[0], nn.Parameter):
+            # What all blocks share belongs to no particle.
+            if len(row) > 1 and all(t is row[0] for t in row):
                 continue
             columns.append(Stack(row))
         return columns
@@ -165,7 +170,7 @@ class ConvertedStage(MeanFieldLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        keys = [f"{prefix}tau_axis.{name}" for name in named_tensors(self.tau_axis)]
+        keys = [f"{prefix}{name}" for name in named_tensors(self)]
         self._absent = keys if not any(k in state_dict for k in keys) else []
 
     def _loaded(self, incompatible_keys: Any) -> None:
@@ -179,6 +184,14 @@ class ConvertedStage(MeanFieldLayer):
                 f"{self._label()}: what was loaded is of a model that was not converted and holds no tau; its blocks "
                 f"keep the steps {[round(s, 4) for s in self.steps().tolist()]} that they have here. For the loaded "
                 f"network itself call tau_axis.reset_parameters() of this stage",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        carried = getattr(self, "carried", None)
+        if absent and carried is not None and carried.has_moved():
+            warnings.warn(
+                f"{self._label()}: what was loaded is of a model that was not converted, but the blocks here have "
+                f"changed places and carry constants with them; call carried.reset_parameters() of this stage",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_meanfield.convert.blocks import Block
-from torch_meanfield.convert.description import attributes_of
+from torch_meanfield.convert.description import attributes_of, ignored
 from torch_meanfield.convert.residual import nested_additions
 from torch_meanfield.convert.sites import Place, Site, attached, descend
 from torch_meanfield.convert.trace import trace
@@ -103,20 +102,25 @@ class Trial:
         change = float((one - other).abs().max()) / self.magnitude
         return math.inf if math.isnan(change) else change
 
-    def same_function(self, other: nn.Module, ignore: Sequence[str] = (), *, training: bool = False) -> str | None:
+    def same_function(
+        self, other: nn.Module, ignore: Sequence[str] = (), equal: Sequence[str] = (), *, training: bool = False
+    ) -> str | None:
         """Whether ``other``, given this block's tensors, computes the same; the reason if it does not.
 
         Args:
             ignore: patterns of attributes that are made equal before.
+            equal: attributes that are made equal before, by qualified name.
             training: whether to compare in ``train()`` too, with the same random numbers.
         """
         theirs = named_tensors(self.module)
-        other = deepcopy(other) if ignore or training else other
+        other = deepcopy(other) if ignore or equal or training else other
+        for key in equal:
+            owner, _, name = key.rpartition(".")
+            setattr(other.get_submodule(owner), name, getattr(self.module.get_submodule(owner), name))
         if isinstance(self.module, _Added):
             other = _Added(other, self.module.output)
         for mine, its in zip(self.module.modules(), other.modules(), strict=True) if ignore else ():
-            own = attributes_of(mine)
-            its.__dict__.update({n: v for n, v in own.items() if any(fnmatchcase(n, pattern) for pattern in ignore)})
+            its.__dict__.update({n: v for n, v in attributes_of(mine).items() if ignored(n, ignore)})
 
         def with_theirs(*args: Any, **kwargs: Any) -> Any:
             tensors = {name: t.clone() for name, t in theirs.items()} if training else theirs
@@ -135,6 +139,18 @@ class Trial:
             other.train().eval()
         return None
 
+    def makes_up(self, key: str, value: float) -> str | None:
+        """Whether parameters make up for another ``value`` of the attribute ``key``; the reason if they do not."""
+        owner, _, name = key.rpartition(".")
+        module = deepcopy(self.module)
+        own = getattr(module.get_submodule(owner), name)
+        setattr(module.get_submodule(owner), name, value)
+        with torch.no_grad():
+            for s in self.block.carried[key]:
+                module.get_parameter(s.path).mul_(own / value)
+        change = self.distance(self.run(module), self.output)
+        return None if change <= TOLERANCE else f"{key!r} is not made up for by parameters: it differs by {change:.0e}"
+
     def scales(self) -> str | None:
         """Whether scaling the parameters is scaling the branches; the reason if it is not."""
         if not self.output.numel():
@@ -142,7 +158,7 @@ class Trial:
         self.module.train().eval()
         graph = trace(_Called(self.module, self.args, self.kwargs), ())
         call = next(c for c in graph.calls if c.name == "module")
-        found = nested_additions(call, graph.nodes)
+        found = [a for i, a in enumerate(nested_additions(call, graph.nodes)) if i not in self.block.skipped]
         if len(found) != len(self.block.branches):
             return f"in double precision it shows {len(found)} additions, not {len(self.block.branches)}"
         stages = _Constant()
@@ -180,6 +196,11 @@ def make_places(block: Block, module: nn.Module, slot: int = 0, member: int = 0)
         place = places.setdefault(s.site, Place(slot, member, s.site, kind, whole=s.whole, output=not s.name))
         if s.name:
             place.scaled += ((s.owner[len(s.site) :].lstrip("."), s.name, s.power),)
+    for key, table in block.tables.items():
+        for s in block.carried[key]:
+            place = places.setdefault(s.site, Place(slot, member, s.site, type(module.get_submodule(s.site))))
+            place.whole = False
+            place.carried += ((s.owner[len(s.site) :].lstrip("."), s.name, table),)
     return list(places.values())
 
 

@@ -65,7 +65,9 @@ def check_alike(particles: Sequence[Sequence[nn.Module]], tensors: Sequence[Mapp
 
     def kinds(modules: Sequence[nn.Module], theirs: Mapping[str, Tensor]) -> dict[str, str]:
         owners = {
-            f"{k}.{name}." if name else f"{k}.": m for k, b in enumerate(modules) for name, m in b.named_modules()
+            f"{k}.{name}." if name else f"{k}.": m
+            for k, b in enumerate(modules)
+            for name, m in b.named_modules(remove_duplicate=False)
         }
         return {
             n: f"a {'parameter' if isinstance(t, nn.Parameter) else 'buffer'} of a "

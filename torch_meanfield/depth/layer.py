@@ -126,8 +126,12 @@ class MeanFieldLayer(nn.Module):
         Raises:
             ValueError: another module holds a tensor of a branch, or a part of one; it is named.
         """
-        blocks = [m for slot in self for m in ((slot,) if isinstance(slot, nn.Module) else slot)]
+        slots = [(slot,) if isinstance(slot, nn.Module) else slot for slot in self]
+        blocks = [m for slot in slots for m in slot]
         inside = {id(m) for block in (self, *blocks) for m in block.modules()}
+        if len(slots) > 1:  # what all blocks share belongs to none
+            each = [{id(m) for block in slot for m in block.modules()} for slot in slots]
+            inside -= each[0].intersection(*each[1:])
         owned = {id(t) for t in tensors_of(self.population().columns)}
         # a converted stage is not the parent of its blocks
         entrances = {id(self)} if id(blocks[0]) in {id(m) for m in self.modules()} else {id(self), *map(id, blocks)}
