@@ -125,9 +125,6 @@ def takes_hooks(module: nn.Module) -> bool:
     return "_forward_hooks" in module.__dict__
 
 
-_CALLED = frozenset(("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl"))  # what a call goes through
-
-
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether ``module(x)`` is the ``forward`` of its class: no hook, own or global, not compiled, not overridden.
 
@@ -135,7 +132,10 @@ def is_called_plainly(module: nn.Module) -> bool:
     """
     return not (
         module._compiled_call_impl is not None
-        or not _CALLED.isdisjoint(module.__dict__)
+        or "forward" in module.__dict__
+        or "_conv_forward" in module.__dict__
+        or "_call_impl" in module.__dict__
+        or "_wrapped_call_impl" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

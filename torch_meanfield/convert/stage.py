@@ -28,7 +28,8 @@ class ConvertedStage(MeanFieldLayer):
     Block (or group of blocks) i is the particle in slot i. The blocks run in the order of their slots, as the model's
     own ``forward`` has it, and the particle in slot i takes the step ``tau_i`` minus the next smaller tau. After each
     optimizer step the particles are re-sorted, so that both orders agree; where they are not sorted (automatic
-    re-sorting switched off, averaged copies), each slot runs the block whose turn it is in the order of tau.
+    re-sorting switched off, averaged copies), each slot runs the block whose turn it is in the order of tau; in
+    compiled code, and under FSDP2, its own, with the step that the block has in that order.
 
     The stage owns the places where its steps act. When a block runs, and at each re-sort, optimizer step and ``fold``,
     it sees that the module that stands there now scales: one that was put there later (a synchronised norm, an adapter

@@ -14,6 +14,7 @@ from torch_meanfield._torch import children_of, convolve, is_called_plainly, is_
 # What torch makes of these classes; programs that patch ``nn.Linear.forward`` give it another meaning.
 _AFFINE: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _SEQUENTIAL = nn.Sequential.forward
+_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _WRAPPERS = ("torch._subclasses", "torch.distributed")  # tensor classes that stand for the plain tensors behind them
 Affine = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
@@ -81,9 +82,10 @@ def is_plain(t: Tensor | None) -> bool:
     """Whether ``t`` is an ordinary dense tensor of real numbers that can be multiplied (or ``None``)."""
     if t is None:
         return True
-    if type(t) not in (nn.Parameter, Tensor) and not type(t).__module__.startswith(_WRAPPERS):
+    if t.dtype not in _FLOATS or t.layout != torch.strided:
         return False
-    return t.layout == torch.strided and t.is_floating_point() and t.dtype.itemsize > 1
+    kind = type(t)
+    return kind is nn.Parameter or kind is Tensor or kind.__module__.startswith(_WRAPPERS)
 
 
 def _scaled_at_once(
@@ -143,7 +145,10 @@ def _foldable(branch: nn.Module) -> tuple[list[nn.Module], Affine] | None:
         body += children[:-1]  # type: ignore[arg-type]
         last = children[-1]  # type: ignore[assignment]
     # exact types: a subclass or a parametrised layer may give its weight another meaning
-    if _AFFINE.get(type(last)) is not type(last).forward or not is_called_plainly(last):
+    kind = type(last)
+    if _AFFINE.get(kind) is not kind.forward or not is_called_plainly(last):
         return None
-    affine = cast(Affine, last)
-    return (body, affine) if is_plain(affine.weight) and is_plain(affine.bias) else None
+    own = parameters_of(last)  # not by slow attributes
+    weight = own["weight"] if "weight" in own else cast(Any, last.weight)
+    bias = own["bias"] if "bias" in own else cast(Any, last.bias)
+    return (body, cast(Affine, last)) if is_plain(weight) and is_plain(bias) else None

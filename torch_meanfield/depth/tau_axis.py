@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import add
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_meanfield._torch import is_watched, untransformed, version_of
+from torch_meanfield._torch import buffers_of, is_watched, parameters_of, untransformed, version_of
 from torch_meanfield.particles.copying import is_sharded, whole, write_
 
 
@@ -148,22 +149,21 @@ class TauAxis(nn.Module):
         """
         if not self.is_sorted():
             return False
-        if not self._is_readable():
+        anchor, offset = buffers_of(self)["anchor"], parameters_of(self).get("offset")  # not by slow attributes
+        assert anchor is not None
+        if not _is_readable(anchor, offset):
             return True
-        self.mark_sorted(ascending(self.read().tolist()))
-        return self.is_sorted()
+        times: Iterable[float] = anchor.tolist()
+        if ascending(times if offset is None else map(add, times, offset.tolist())):  # then their rounded sums are, too
+            return True
+        self.mark_sorted(False)
+        return False
 
     def has_unit_steps(self) -> bool:
         """Whether every step is exactly 1 and stays so."""
-        if not self.unit_steps or torch.compiler.is_compiling() or not self._is_readable():
+        if not self.unit_steps or torch.compiler.is_compiling() or not _is_readable(self.anchor):
             return self.unit_steps
         return bool(self.anchor.tolist() == list(range(1, self.anchor.numel() + 1)))
-
-    def _is_readable(self) -> bool:
-        """Whether a read of the positions costs nothing and disturbs nobody."""
-        if self.offset is not None and is_sharded(self.offset):
-            return False
-        return self.anchor.is_cpu and not is_watched() and not cast(Any, torch).jit.is_tracing()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
@@ -207,6 +207,13 @@ class TauAxis(nn.Module):
 def _grid(n: int, horizon: float, device: torch.device | None, dtype: torch.dtype) -> Tensor:
     # arange before the division: at horizon n the grid holds exact integers, so every step is exactly 1.0.
     return torch.arange(1, n + 1, device=device, dtype=dtype) * (horizon / n)
+
+
+def _is_readable(anchor: Tensor, offset: Tensor | None = None) -> bool:
+    """Whether a read of the positions costs nothing and disturbs nobody."""
+    if not anchor.is_cpu or is_watched() or cast(Any, torch).jit.is_tracing():
+        return False
+    return offset is None or not is_sharded(offset)
 
 
 def ascending(times: Iterable[float]) -> bool:
