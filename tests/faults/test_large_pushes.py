@@ -55,10 +55,10 @@ def test_a_push_of_any_size_is_exact(name: str) -> None:
             for optimizer in optimizers:
                 optimizer.step()
             reference.sort()
-            torch.testing.assert_close(layer.tau, reference.tau()[reference.order], rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(layer.tau, reference.tau()[reference.order], rtol=1e-5, atol=1e-5)
             for place, i in enumerate(reference.order):
                 for mine, theirs in zip(layer[place].parameters(), reference.branches[i].parameters(), strict=True):
-                    torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-7)
+                    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
         crossings += reference.crossings
     assert crossings
 

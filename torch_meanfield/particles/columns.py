@@ -230,7 +230,7 @@ class Slice(Column):
         self.change_gradient_(lambda grad: grad.move_(route))
 
     def change_gradient_(self, change: Callable[[Slice], None]) -> None:
-        """Let ``change`` write to the gradient, if there is one, laid out like the tensor; a sparse one stays sparse."""
+        """Let ``change`` write to the gradient, if there is one, laid out as the tensor is; a sparse one stays so."""
         grad = self.tensor.grad
         if grad is None or grad.layout == torch.strided:
             if grad is not None:
