@@ -209,14 +209,8 @@ class BirthDeathOptimizer(SharingOptimizer):
     def _settle(self, populations: list[Neurons | Blocks]) -> Dynamics:
         settings = self.settings
         events = Events(*self._rules, settings.reinject, self._draws, settings.moment_share, settings)
-        dynamics = Dynamics(
-            populations,
-            self._model,
-            events,
-            every=settings.steps_between,
-            window=settings.window or 1.0,
-            batch_size=settings.batch_size,
-        )
+        times: dict[str, Any] = {"every": settings.steps_between, "window": settings.window or 1.0}
+        dynamics = Dynamics(populations, self._model, events, **times, batch_size=settings.batch_size)
         if self._pending is not None:
             checkpoint.check(self._pending, dynamics)
             checkpoint.unpack_(self._pending, dynamics)
