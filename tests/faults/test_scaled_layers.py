@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as spectral_norm_hook
 from torch.nn.utils import weight_norm as weight_norm_hook
 
+from tests.convert.networks import PlainViT, images
 from torch_meanfield import conversion_report, convert, fold, resort_
 from torch_meanfield.convert.stage import ConvertedStage
 
@@ -370,3 +371,17 @@ def test_a_block_that_holds_the_scaled_parameter_itself(name: str) -> None:
     torch.testing.assert_close(model(X), before)
     with pytest.raises(ValueError, match="fold: 1 is no longer plainly the Gained"):
         fold(model)
+
+
+def test_a_wrapper_around_the_layers_parent_and_back() -> None:
+    torch.manual_seed(0)
+    x = images()
+    model: Any = convert(PlainViT(), x).eval()
+    stage_of(model).set_tau_([0.3, 0.9, 1.5, 2.2])
+    before, inner = model(x), model.layers[1].think
+    model.layers[1].think = checkpoint_wrapper(inner)
+    torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(fold(model)(x), before)
+    model.layers[1].think = inner
+    torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(fold(model)(x), before)

@@ -40,8 +40,8 @@ def set_automatic_resort(model: nn.Module, enabled: bool) -> None:
     """Switch the re-sorting after optimizer steps on or off for every mean-field layer of ``model``.
 
     While it is off the branches, or the blocks of a converted model, still execute in the order of tau, read from the
-    device at each forward pass. Code that was compiled meanwhile (and FSDP2, in a converted model) runs them by slot,
-    with the steps of that order.
+    device at each forward pass. Compiled code (and FSDP2, in a converted model) runs them by slot, with the steps of
+    that order.
 
     Raises:
         TypeError: ``model`` is not a module.
