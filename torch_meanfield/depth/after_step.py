@@ -133,8 +133,8 @@ def _at_first_step(optimizer: Optimizer, layers: list[Sortable]) -> None:
         if owned and all(id(p) in mine for p in owned) and id(tau) not in held_by_optimizers():
             warnings.warn(
                 f"{layer._label()}: its blocks are trained, but its tau is in no optimizer, and perhaps no "
-                f"parameter of the model that is trained (a tool may have taken the blocks out of the converted one): "
-                f"pass tau_axis.offset too and save it, or fix it by tau_axis.offset.requires_grad_(False)",
+                f"parameter of the model that is trained (a tool may have taken blocks out of it): pass "
+                f"tau_axis.offset too and save it, or fix it by tau_axis.offset.requires_grad_(False)",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -94,17 +94,17 @@ def held_by_optimizers() -> set[int]:
     return {id(p) for of_one in groups for group in of_one for p in group["params"]}
 
 
-def holder_of(thing: Any, *, depth: int = 1, apart_from: Iterable[Any] = ()) -> Holder | None:
-    """Whose attribute ``thing`` is, or a container around it; ``None`` for a variable of a function, and for us.
+def holders_of(things: list[Any], *, depth: int = 1, apart_from: Iterable[Any] = ()) -> list[Holder]:
+    """Whose attributes ``things`` are, or containers around them; not variables of a function, and not what is ours.
 
     Args:
-        thing: any object.
+        things: any objects, all looked for at once: each look goes through all objects of the process.
         depth: how many containers may lie around it.
         apart_from: containers that do not count.
     """
-    inner = [thing]
+    inner, found = things, list[Holder]()
     seen = {id(inner), *map(id, apart_from)}
-    for _ in range(depth + 1):
+    for _ in range(depth + 1 if things else 0):
         outer = [r for r in gc.get_referrers(*inner) if id(r) not in seen and not isinstance(r, _NOBODY)]
         attributes = [r for r in outer if type(r) is dict]
         # the attributes of an object lie in itself or in its __dict__, which it alone refers to
@@ -116,10 +116,10 @@ def holder_of(thing: Any, *, depth: int = 1, apart_from: Iterable[Any] = ()) -> 
             held = None if ours else getattr(owner, "__dict__", None)
             for name, value in list(held.items()) if type(held) is dict else ():
                 if id(value) in wanted:
-                    return Holder(owner, name)
+                    found.append(Holder(owner, name))
         seen |= {id(r) for r in (inner, outer, attributes, owners, *outer)}
         inner = [r for r in outer if type(r) in CONTAINERS][:50]
         seen.add(id(inner))
         if not inner:
-            return None
-    return None
+            break
+    return found

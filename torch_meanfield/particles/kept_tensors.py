@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_meanfield.particles.copying import same_memory
-from torch_meanfield.particles.holders import holder_of
+from torch_meanfield.particles.holders import holders_of
 from torch_meanfield.particles.population import Column, Population, named_tensors
 from torch_meanfield.particles.resampled import Resampled
 
@@ -29,7 +29,7 @@ class KeptTensors:
 
     def __init__(self, kept: Sequence[Tensor] | Mapping[Any, Tensor], model: nn.Module) -> None:
         self.keys = _keys_by_name(kept, model)
-        holder = holder_of(kept, depth=0)
+        holder = next(iter(holders_of([kept], depth=0)), None)
         self._kept: Any = kept
         if holder is not None and type(holder.owner).__weakrefoffset__:
             owner, attribute = weakref.ref(holder.owner), holder.attribute

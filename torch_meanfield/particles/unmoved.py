@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from torch_meanfield.particles.averages import adopt_averages, is_followed, lineage_of, recognise
 from torch_meanfield.particles.events import is_told
-from torch_meanfield.particles.holders import Census, Holder, holder_of
+from torch_meanfield.particles.holders import Census, Holder, holders_of
 from torch_meanfield.particles.optimizer_state import known_optimizers, remember
 from torch_meanfield.particles.population import Population, Slice, Stack
 
@@ -103,8 +103,8 @@ def _tables(census: Census, asked: Asked) -> list[str]:
     for table in census.by_parameter:
         values = [v for p, v in list(table.items()) if id(p) in ours] if id(table) not in states else []
         if any(isinstance(w, Tensor) and w.ndim for v in values for w in (v.values() if isinstance(v, dict) else [v])):
-            found.append(holder_of(table, apart_from=[census.by_parameter]))
-    return _names(found)
+            found.append(table)
+    return _names(holders_of(found, apart_from=[census.by_parameter]))
 
 
 def _lists(census: Census, asked: Asked) -> list[str]:
@@ -120,12 +120,12 @@ def _lists(census: Census, asked: Asked) -> list[str]:
         alike = all(any(v.shape == p.shape for v in rest) for p in asked.parameters)
         alike = alike and all(any(v.shape == p.shape for v in values) for p in asked.anywhere)
         if alike and not any(_place(v) in places for v in values) and not is_followed(thing):
-            found.append(holder_of(thing, apart_from=[census.lists]))
-    return _names(found)
+            found.append(thing)
+    return _names(holders_of(found, apart_from=[census.lists]))
 
 
-def _names(holders: Iterable[Holder | None]) -> list[str]:
-    named = [h for h in holders if h is not None and not is_told(h.owner) and _updates(type(h.owner))]
+def _names(holders: Iterable[Holder]) -> list[str]:
+    named = [h for h in holders if not is_told(h.owner) and _updates(type(h.owner))]
     return [str(h) for h in named if not type(h.owner).__module__.startswith(("torch.", "_pytest."))]
 
 
@@ -153,7 +153,7 @@ def _outermost(module: nn.Module) -> str:
     what: Any = module
     name = type(module).__name__
     for _ in range(20):
-        holder = holder_of(what)
+        holder = next(iter(holders_of([what])), None)
         if holder is None:
             break
         what, name = holder.owner, str(holder)
