@@ -64,6 +64,7 @@ def test_silence_is_counted_in_samples_whatever_the_window() -> None:
 def test_a_newborn_units_first_step_says_nothing_of_it() -> None:
     rule = Plastic(dead_after=32)
     assert rule.dormant(seen([0.0, 2.0, 3.0], [9.0, 2.0, 3.0])).tolist() == [False, False, True]
+    assert Plastic().dormant(seen([0.0, 1.0, 1.0], [9.0, 1.0, 9.0])).tolist() == [False, False, True]
 
 
 def test_what_is_silent_together_is_not_dormant_unless_it_lasts() -> None:
@@ -85,18 +86,18 @@ def test_with_births_from_parents_no_dead_unit_is_one() -> None:
     assert not turnover.born.any() and set(turnover.index[[1, 2]].tolist()) <= {0, 3}
 
 
-def reference_sizes(model: nn.Sequential, places: torch.Tensor, share: torch.Tensor, seed: int) -> torch.Tensor:
-    """What newborn norms must be, one by one: the draw's norm scaled towards the median of those that stay."""
-    weight = model[0].weight.detach()
+def reference(weight: torch.Tensor, places: torch.Tensor, living: torch.Tensor, seed: int) -> torch.Tensor:
+    """Newborn incoming weights one by one: the draw, scaled to the median of those that stay or to He's norm."""
     stay = [i for i in range(len(weight)) if i not in places.tolist()]
     median = sorted(float(weight[i].norm()) for i in stay)[(len(stay) - 1) // 2]
     generator = Draws(torch.Generator().manual_seed(seed)).on(torch.device("cpu"))
     bound = weight.shape[1] ** -0.5
     drawn = torch.empty(len(places), weight.shape[1]).uniform_(-bound, bound, generator=generator)
-    return torch.stack([row.norm() * (median / row.norm()) ** u for row, u in zip(drawn, share, strict=True)])
+    he = 2**0.5
+    return torch.stack([row * ((median if big else he) / row.norm()) for row, big in zip(drawn, living, strict=True)])
 
 
-def test_newborn_units_are_between_the_initialisers_size_and_the_livings() -> None:
+def test_newborn_units_are_as_large_as_the_living_or_as_he_draws_them() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 41), nn.ReLU(), nn.Linear(41, 2))
     optimizer = BirthDeathOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, example_input=torch.ones(2, 30))
@@ -106,15 +107,38 @@ def test_newborn_units_are_between_the_initialisers_size_and_the_livings() -> No
     places = torch.tensor([0, 7, 8, 20, 30, 40])
     vacancies = Vacancies(tracked.population, tracked.initialisers, places, 0, None)
     values = Typical().newborns(vacancies, Draws(torch.Generator().manual_seed(3)))
-    # the same draws: first the seed of the values, then the exponents
+    # the same draws: first the seed of the values, then who is as large as the living
     again = torch.Generator().manual_seed(3)
     torch.randint(2**62, (1,), generator=again)
-    u = torch.rand(2, 6, generator=again)
-    exponent = torch.where(u[0] < 0.5, torch.ones(6), u[1])
-    norms = values[0].flatten(0, 1).squeeze(1).reshape(6, -1).norm(dim=1)
-    torch.testing.assert_close(norms, reference_sizes(model, places, exponent, 3))
-    assert norms.max() > 4 * norms.min() or norms.max() > 2 * 30**0.5 * (1 / 30**0.5 / 3**0.5)
-    assert (values[1].abs() <= 30**-0.5).all() and not values[2].any()  # biases as drawn, outgoing weights 0
+    living = torch.rand(6, generator=again) < 0.5
+    assert living.any() and not living.all()
+    torch.testing.assert_close(values[0].reshape(6, 30), reference(model[0].weight.detach(), places, living, 3))
+    assert not values[1].any() and not values[2].any()
+
+
+def test_under_a_layer_norm_all_are_as_large_as_the_living_under_a_batch_norm_not() -> None:
+    for norm, sizes in ((nn.LayerNorm(40), 1), (nn.BatchNorm1d(40), 2)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(30, 40), norm, nn.ReLU(), nn.Linear(40, 2))
+        optimizer = BirthDeathOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model, example_input=torch.rand(4, 30)
+        )
+        (tracked,) = optimizer._dynamics.tracked
+        vacancies = Vacancies(tracked.population, tracked.initialisers, torch.arange(20), 0, None)
+        values = Typical().newborns(vacancies, Draws(torch.Generator().manual_seed(3)))
+        norms = values[0].reshape(20, 30).norm(dim=1)
+        assert len({round(float(n), 4) for n in norms}) == sizes
+
+
+def test_where_nobody_is_left_newborn_units_are_as_he_draws_them() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    optimizer = BirthDeathOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, example_input=torch.ones(2, 3, 8, 8)
+    )
+    (tracked,) = optimizer._dynamics.tracked
+    vacancies = Vacancies(tracked.population, tracked.initialisers, torch.arange(8), 0, None)
+    values = Typical().newborns(vacancies, Draws(torch.Generator().manual_seed(3)))
+    torch.testing.assert_close(values[0].reshape(8, 27).norm(dim=1), torch.full((8,), 2**0.5))
 
 
 @pytest.mark.parametrize("stop", [10, 12, 14])  # after an event, between two, and while samples are counted

@@ -56,7 +56,7 @@ class BirthDeathOptimizer(SharingOptimizer):
 
     - ``births="reinject"``: a unit drawn anew from the layer's own initialiser, optimizer state fresh, outgoing weights
       0, so that the function stays as it was; with ``steep`` it is placed where the loss is: see :class:`.Steep`.
-    - ``births="typical"``: the same, at a size between the initialiser's and that of living units: :class:`.Typical`.
+    - ``births="typical"``: the same, at the size of the living or of He et al.'s initialiser: :class:`.Typical`.
     - ``births="split"``: half of another unit, slightly moved. ``births="clone"``: an exact duplicate, as published.
     - a :class:`.BirthRule` of your own.
 

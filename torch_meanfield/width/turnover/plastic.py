@@ -31,7 +31,7 @@ class Plastic(TurnoverRule):
         TypeError, ValueError: naming the argument.
     """
 
-    dead_after: int = 32
+    dead_after: int = 16
     max_share: float = 1.0
 
     every = 5
