@@ -90,7 +90,7 @@ def test_births_and_deaths_of_blocks_leave_it_alone():
 def test_what_only_some_blocks_share_is_refused():
     model = Net(Block)
     model.blocks[2].shared = nn.Linear(6, 6)
-    with pytest.raises(ValueError, match="it shares its parameter 'shared.weight' with 'blocks.1.shared.weight'|with '"):
+    with pytest.raises(ValueError, match="it shares its parameter 'shared.weight' with '"):
         convert(model, torch.randn(3, 6))
 
 
