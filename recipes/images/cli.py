@@ -191,6 +191,7 @@ class RecipeCLI(LightningCLI):
         if exact is None or self._checkpoint is None:
             return
         then = self._checkpoint.get("callbacks", {}).get(exact.state_key, {}).get("world_size", trainer.world_size)
+        self._checkpoint = None  # Lightning reads it again; a whole training long it would lie in memory
         if then != trainer.world_size:
             raise BadInput(
                 f"--ckpt_path {self._get(self.config, 'ckpt_path')} was written by {then} process(es), and this "

@@ -238,6 +238,7 @@ class Shadow(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.filterwarnings("ignore:Shadow.average holds:RuntimeWarning")  # the one of a fit that has ended
 def test_the_average_of_the_weights_follows_the_blocks_and_is_what_is_kept():
     shadow, task = Shadow(0.9), _task(ema=0.9)
     _fit(task, callbacks=[shadow])

@@ -269,7 +269,7 @@ def check_positions(values: Tensor | Sequence[float], axis: TauAxis) -> Tensor:
     tau = torch.as_tensor(values, dtype=axis.anchor.dtype, device=axis.anchor.device).detach()
     if tau.shape != (n,):
         raise ValueError(f"values must hold {n} positions, one for each branch; got shape {tuple(tau.shape)}")
-    if not bool(tau.isfinite().all()):
+    if not tau.is_meta and not bool(tau.isfinite().all()):
         raise ValueError(f"values must be finite, got {tau.tolist()}")
     return tau.clamp(min=0)
 

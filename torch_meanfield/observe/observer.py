@@ -113,18 +113,22 @@ def undisturbed(seed: int = 0) -> Iterator[None]:
         yield
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested lists, tuples and mappings, in order."""
+def tensors_in(value: Any, inside: tuple[int, ...] = ()) -> list[Tensor]:
+    """Every tensor in nested lists, tuples, mappings and dataclasses, in order; ``inside``: what is being looked at."""
     if isinstance(value, Tensor):
         return [value]
     value = value.arguments if isinstance(value, BoundArguments) else value
     if isinstance(value, Mapping):
-        return [t for v in value.values() for t in tensors_in(v)]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [t for v in value for t in tensors_in(v)]
-    if hasattr(value, "__dataclass_fields__"):
-        return [t for v in vars(value).values() for t in tensors_in(v)]
-    return []
+        parts: Any = value.values()
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        parts = value
+    elif hasattr(value, "__dataclass_fields__") and hasattr(value, "__dict__"):
+        parts = vars(value).values()
+    else:
+        return []
+    if id(value) in inside:  # it holds itself
+        return []
+    return [t for v in parts for t in tensors_in(v, (*inside, id(value)))]
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:

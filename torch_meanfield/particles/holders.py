@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import operator
 import sys
 import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -62,18 +63,35 @@ class Census:
 
 
 def _living(kinds: set[type]) -> list[Any]:
-    """Every object of exactly these types.
+    """Every object of exactly these types."""
+    things = _but_tuples(gc.get_objects, [])
+    return list(itertools.compress(things, map(kinds.__contains__, map(type, things))))
 
-    In one call that runs no Python code: a tuple that another thread is filling must not be referred to meanwhile.
+
+def _referrers(things: list[Any]) -> list[Any]:
+    """What refers to ``things``, tuples apart."""
+    return _but_tuples(gc.get_referrers, things) if things else []
+
+
+def _but_tuples(ask: Callable[..., list[Any]], of: list[Any]) -> list[Any]:
+    """What ``ask`` finds, tuples apart.
+
+    In one call that runs no Python code (``isinstance`` may) and leaves nothing behind (a variable would): a tuple that
+    another thread is filling must not be referred to when that thread goes on.
     """
     collecting = gc.isenabled()
     gc.disable()
     try:
-        things, same = itertools.tee(itertools.chain.from_iterable(itertools.starmap(gc.get_objects, [()])))
-        return list(itertools.compress(things, map(kinds.__contains__, map(type, same))))
+        return list(itertools.compress(*_marked(itertools.chain.from_iterable(itertools.starmap(ask, [of])))))
     finally:
         if collecting:
             gc.enable()
+
+
+def _marked(things: Iterable[Any]) -> tuple[Iterable[Any], Iterable[bool]]:
+    """``things``, and for each whether it is no tuple; nothing is looked at yet."""
+    once, again = itertools.tee(things)
+    return once, map(operator.is_not, map(type, again), itertools.repeat(tuple))
 
 
 def _subclasses(kind: type) -> set[type]:
@@ -105,11 +123,11 @@ def holders_of(things: list[Any], *, depth: int = 1, apart_from: Iterable[Any] =
     inner, found = things, list[Holder]()
     seen = {id(inner), *map(id, apart_from)}
     for _ in range(depth + 1 if things else 0):
-        outer = [r for r in gc.get_referrers(*inner) if id(r) not in seen and not isinstance(r, _NOBODY)]
+        outer = [r for r in _referrers(inner) if id(r) not in seen and not isinstance(r, _NOBODY)]
         attributes = [r for r in outer if type(r) is dict]
         # the attributes of an object lie in itself or in its __dict__, which it alone refers to
         owners = [r for r in outer if type(r) not in CONTAINERS]
-        owners += [r for r in gc.get_referrers(*attributes) if type(r) not in CONTAINERS] if attributes else []
+        owners += [r for r in _referrers(attributes) if type(r) not in CONTAINERS]
         wanted = {id(t) for t in inner}
         for owner in owners:
             ours = type(owner).__module__.startswith("torch_meanfield.") or isinstance(owner, _NOBODY)

@@ -22,6 +22,8 @@ from torch_meanfield.particles.holders import Census, Holder, holders_of
 from torch_meanfield.particles.optimizer_state import known_optimizers, remember
 from torch_meanfield.particles.population import Population, Slice, Stack
 
+OTHERS = ("torch.", "_pytest.", "lightning.", "pytorch_lightning.")  # what they hold, they do not average unasked
+
 
 class Asked(NamedTuple):
     """Particles whose belongings are asked for.
@@ -126,7 +128,7 @@ def _lists(census: Census, asked: Asked) -> list[str]:
 
 def _names(holders: Iterable[Holder]) -> list[str]:
     named = [h for h in holders if not is_told(h.owner) and _updates(type(h.owner))]
-    return [str(h) for h in named if not type(h.owner).__module__.startswith(("torch.", "_pytest."))]
+    return [str(h) for h in named if not type(h.owner).__module__.startswith(OTHERS)]
 
 
 def _updates(kind: type) -> bool:

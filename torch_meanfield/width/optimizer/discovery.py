@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -114,19 +115,20 @@ class Glimpse:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.name = type(model).__name__
-        self.example: Any = None
+        self.name, self._forward = type(model).__name__, model.forward
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.batches = FirstBatches(model)
         self._handle: RemovableHandle | None = model.register_forward_pre_hook(_Peek(self), with_kwargs=True)
 
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember a copy: the caller may reuse the memory."""
         self.batches.see((args, kwargs))
-        if self.example is None and (args or kwargs):
-            args, kwargs = anew(lambda t: t.detach().clone(), (args, kwargs))
-            single = args[0] if len(args) == 1 and not isinstance(args[0], (tuple, Mapping)) else args
-            both = args and kwargs
-            self.example = signature(module.forward).bind(*args, **kwargs) if both else kwargs or single
+        if self._given is not None or not (args or kwargs):
+            return
+        if torch.compiler.is_compiling():  # which can follow this
+            self._given = tuple(_copied(a) for a in args), {name: _copied(a) for name, a in kwargs.items()}
+        else:
+            self._given = anew(_copied, (args, kwargs))
 
     def forget_step(self) -> None:
         """The gradients of the present step are thrown away."""
@@ -138,7 +140,7 @@ class Glimpse:
         Raises:
             ValueError: the model has not been called.
         """
-        if self.example is None:
+        if self._given is None:
             raise ValueError(
                 f"populations='auto': {self.name} was not called before the first step, so there is no input to find "
                 f"its populations with; pass the module that is called as model=, or example_input="
@@ -147,7 +149,14 @@ class Glimpse:
             self._handle.remove()
             self._handle = None
         self.batches.stop()
-        return self.example
+        args, kwargs = self._given
+        if args and kwargs:
+            return signature(self._forward).bind(*args, **kwargs)
+        return kwargs or (args[0] if len(args) == 1 and not isinstance(args[0], (tuple, Mapping)) else args)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 class _Peek:
@@ -159,7 +168,7 @@ class _Peek:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         glimpse = None if self.glimpse is None else self.glimpse()
         if glimpse is not None:
-            glimpse.see(module, args, kwargs)
+            glimpse.see(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Peek:
         return _Peek()

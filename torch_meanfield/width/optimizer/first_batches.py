@@ -32,7 +32,9 @@ class FirstBatches:
     def see(self, inputs: Any) -> None:
         """The model is called with ``inputs``."""
         rows = _rows(inputs)
-        if not rows or not torch.is_grad_enabled() or in_backward():
+        if not rows or not torch.is_grad_enabled():
+            return
+        if not torch.compiler.is_compiling() and in_backward():
             return
         if self._parameter is not None and self._parameter.grad is None:
             self.forget()

@@ -92,6 +92,8 @@ class TurnoverRule(Protocol):
         needs_batch_size: whether :attr:`Evidence.batch_size` is to be known.
         counted: over how many steps before an event, at most, samples are counted for it.
         keeps_time: whether :attr:`Evidence.elapsed` is to be known.
+        spares_silent: whether a population that is dormant as a whole stays while no other parameter has a gradient
+            either, and is told of when it goes.
         moment_share: at which share of their mean second moments begin for newborn units; see :func:`.place_`.
     """
 
@@ -100,6 +102,7 @@ class TurnoverRule(Protocol):
     needs_batch_size: bool = False
     counted: int = 40
     keeps_time: bool = False
+    spares_silent: bool = False
     moment_share: float = MOMENT_SHARE
 
     def window(self, every: int) -> float:

@@ -101,7 +101,8 @@ class Events:
         events = []
         for each, turnover, (moved, born, harmful, _) in due:
             each.elapsed = 0.0
-            if not moved or (born == moved == each.population.size and self._spared(each, harmful, optimizer)):
+            whole = born == each.population.size and self.turnover.spares_silent
+            if not moved or (whole and self._spared(each, optimizer)):
                 continue
             if isinstance(each, TrackedBlocks):  # what is known of them follows the motion
                 index = each.population.resample_(turnover.index, [optimizer])
@@ -160,10 +161,10 @@ class Events:
                 f"replaced: steps are skipped, or the wait (dead_after=, window=) is longer than any unit lives"
             )
 
-    def _spared(self, each: Tracked, harmful: int, optimizer: Optimizer) -> bool:
-        """Whether a population is kept all of whose units are to go: so if the loss says nothing to anybody else."""
-        if harmful:
-            return False
+    def _spared(self, each: Tracked, optimizer: Optimizer) -> bool:
+        """Whether a population that is dormant as a whole is kept: so if the loss says nothing to anybody else."""
+        if not bool(self.turnover.dormant(each.evidence(self.batch_size)).all()):
+            return False  # its units go for other reasons
         own = {id(t) for t in each.tensors()}
         others = (p.grad for group in optimizer.param_groups for p in group["params"] if id(p) not in own)
         if not any(g is not None and bool(g.any()) for g in others):

@@ -38,6 +38,7 @@ class Plastic(TurnoverRule):
     births = "typical"
     needs_batch_size = True
     counted = 1
+    spares_silent = True
     moment_share = 0.003
 
     def __post_init__(self) -> None:
