@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
@@ -140,10 +141,10 @@ def table(runs: Sequence[Run], name: str) -> str:
             mean = statistics.mean(r.score for r in group)
             shown = f"**{mean:.3f}**" if mean == best else f"{mean:.3f}"
             silent = statistics.mean(r.silent for r in group)
-            born = statistics.mean(r.births for r in group)
+            born = f"{statistics.mean(r.births for r in group):.0f}" if method in OURS else ""
             lines.append(
                 f"| {setting} | {method} | {shown} | {_interval([r.score for r in group])} | {silent:.0%} | "
-                f"{born:.0f} | {' | '.join(of.get(s, '') for s in seeds)} |"
+                f"{born} | {' | '.join(of.get(s, '') for s in seeds)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -211,7 +212,9 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
         runs.append(_once(args.out / "runs" / f"{key}.json", stream, SETTINGS[setting], method, seed, images))
     text = table(runs, name)
     print(text)
-    made = {"command": f"python recipes/plasticity/{name}.py", "data": source.name, "stream": asdict(stream)}
+    options = ("--settings", *args.settings, "--methods", *args.methods, "--seeds", *map(str, args.seeds))
+    command = shlex.join(["python", f"recipes/plasticity/{name}.py", "--data", args.data, *options])
+    made = {"command": command, "data": source.name, "stream": asdict(stream)}
     write_json(
         args.out / f"{name}.json",
         {**made, **provenance(torch.device("cpu")), "runs": [asdict(r) for r in runs]},
