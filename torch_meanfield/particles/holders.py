@@ -6,6 +6,7 @@ import gc
 import itertools
 import operator
 import sys
+import threading
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+_alone = threading.Lock()
 
 CONTAINERS = (list, dict, OrderedDict, defaultdict)
 _NOBODY = (types.FrameType, types.FunctionType, types.CellType, types.GeneratorType, types.ModuleType, type)
@@ -79,13 +82,14 @@ def _but_tuples(ask: Callable[..., list[Any]], of: list[Any]) -> list[Any]:
     In one call that runs no Python code (``isinstance`` may) and leaves nothing behind (a variable would): a tuple that
     another thread is filling must not be referred to when that thread goes on.
     """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        return list(itertools.compress(*_marked(itertools.chain.from_iterable(itertools.starmap(ask, [of])))))
-    finally:
-        if collecting:
-            gc.enable()
+    with _alone:  # another thread would switch the collector on again, and what it calls is Python code
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return list(itertools.compress(*_marked(itertools.chain.from_iterable(itertools.starmap(ask, [of])))))
+        finally:
+            if collecting:
+                gc.enable()
 
 
 def _marked(things: Iterable[Any]) -> tuple[Iterable[Any], Iterable[bool]]:
