@@ -13,21 +13,17 @@ What is done stays: the same command goes on where it stopped.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from recipes.plasticity.streams import STREAMS
-from recipes.plasticity.study import arguments, study
-
-
-def main() -> None:
-    args = arguments("plasticity", __doc__, ("pixels", "standardised", "layer norm", "SGD", "GELU"))
-    stream = STREAMS["labels"]
-    study("labels", replace(stream, tasks=args.tasks or stream.tasks), args, "training accuracy at the end of a task")
-
+from recipes.plasticity.study import main
 
 if __name__ == "__main__":
-    main()
+    main(
+        "labels",
+        __doc__,
+        ("pixels", "standardised", "layer norm", "SGD", "GELU"),
+        "training accuracy at a task's end",
+    )

@@ -9,7 +9,7 @@ import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from recipes.errors import BadInput, leave
 from recipes.images.sources import open_source
 from recipes.plasticity.network import Mlp, silent_share
 from recipes.plasticity.peers import ContinualBackprop, L2Init, Method, ReDo, ShrinkPerturb, Upgd
-from recipes.plasticity.streams import Stream, inputs
+from recipes.plasticity.streams import STREAMS, Stream, inputs
 from recipes.record import DIGITS, provenance, write_json
 from torch_meanfield import BirthDeathOptimizer
 
@@ -223,6 +223,12 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
     hours = sum(r.seconds for r in runs) / 3600
     (args.out / f"{name}.md").write_text(f"{text}\nMade by `{made['command']}` in {hours:.1f} hours of one thread.\n")
     draw(runs, args.out / f"{name}.png", ylabel)
+
+
+def main(name: str, description: str | None, settings: Sequence[str], ylabel: str) -> None:
+    """The script of the benchmark ``name``, see :data:`.STREAMS`."""
+    args, stream = arguments("plasticity", description, settings), STREAMS[name]
+    study(name, replace(stream, tasks=args.tasks or stream.tasks), args, ylabel)
 
 
 def _once(path: Path, stream: Stream, setting: Setting, method: str, seed: int, images: Any) -> Run:

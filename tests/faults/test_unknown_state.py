@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from torch_meanfield import BirthDeathOptimizer, MeanFieldSequential, conversion_report, convert, follow
 from torch_meanfield.particles.averages import lineage_of
+from torch_meanfield.particles.holders import Census, held_by_optimizers, holders_of
 
 
 def _branch() -> nn.Module:
@@ -448,3 +450,20 @@ def test_plain_tensors_that_blocks_share_stay_shared() -> None:
         block.table = table
     model.set_tau_([0.9, 0.2, 0.5])
     assert all(block.table is table for block in model)
+
+
+_HELD = [torch.zeros(2)]  # by the module, and by what looks for it
+
+
+@pytest.mark.parametrize("look", [Census, lambda: holders_of([_HELD]), held_by_optimizers])
+def test_a_tuple_that_is_being_filled_is_not_held_by_the_search(look):
+    def slowly():
+        yield 1
+        look()  # as another thread may at this moment
+        yield 2
+
+    gc.disable()  # a collection would hide what is left behind
+    try:
+        assert tuple(slowly()) == (1, 2)  # a SystemError of the interpreter if anybody refers to it
+    finally:
+        gc.enable()

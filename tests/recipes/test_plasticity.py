@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.plasticity import labels, study
+from recipes.plasticity import study
 from recipes.plasticity.network import Mlp, silent_share
 from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, ShrinkPerturb, Upgd
 from recipes.plasticity.streams import Stream
@@ -134,17 +134,17 @@ def test_a_study_ends_in_a_table_and_a_picture_and_runs_nothing_twice(tmp_path, 
     command = ["labels.py", "--data", "digits", "--tasks", "1", "--seeds", "1", "2", "--settings", "pixels", "GELU"]
     command += ["--methods", "bare", "UPGD", "library, plastic", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setitem(labels.STREAMS, "labels", Stream("labels", tasks=1, samples=64, epochs=2, last=1))
-    labels.main()
+    monkeypatch.setitem(study.STREAMS, "labels", Stream("labels", tasks=1, samples=64, epochs=2, last=1))
+    study.main("labels", "Labels.", ("pixels",), "accuracy")
     first = (tmp_path / "labels.md").read_text()
     rows = [line for line in first.splitlines() if line.startswith(("| pixels", "| GELU"))]
     assert len(rows) == 6 and all(" ± " in row for row in rows) and (tmp_path / "labels.png").stat().st_size > 10_000
     document = json.loads((tmp_path / "labels.json").read_text())
     assert {r["method"] for r in document["runs"]} == {"bare", "UPGD", "library, plastic"} and document["versions"]
     monkeypatch.setattr(study, "train", None)
-    labels.main()
+    study.main("labels", "Labels.", ("pixels",), "accuracy")
     assert (tmp_path / "labels.md").read_text() == first
     monkeypatch.setattr(sys, "argv", ["labels.py", "--data", "nothing", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
-        labels.main()
+        study.main("labels", "Labels.", ("pixels",), "accuracy")
     assert "--data 'nothing' is unknown" in capsys.readouterr().err

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import gc
 import itertools
-import operator
 import sys
 import threading
 import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-_alone = threading.Lock()
+_alone = threading.Lock()  # another thread would switch the collector on again
 
-CONTAINERS = (list, dict, OrderedDict, defaultdict)
+MAPPINGS: set[type] = {dict, OrderedDict, defaultdict}
+CONTAINERS = (list, *MAPPINGS)
 _NOBODY = (types.FrameType, types.FunctionType, types.CellType, types.GeneratorType, types.ModuleType, type)
 
 
@@ -42,60 +43,69 @@ class Census:
     """
 
     def __init__(self) -> None:
-        self.optimizers: list[Optimizer] = []
-        self.callbacks: list[Any] = []
-        self.lists: list[Any] = []
-        self.by_parameter: list[dict[Tensor, Any]] = []
-        optimizers, callbacks = _subclasses(Optimizer), _averaging_callbacks()
-        for thing in _living({*CONTAINERS, *optimizers, *callbacks}):
-            if type(thing) in CONTAINERS:
-                self._see_container(thing)
-            else:
-                (self.optimizers if type(thing) in optimizers else self.callbacks).append(thing)
+        optimizers, callbacks, tensors = _subclasses(Optimizer), _averaging_callbacks(), _subclasses(Tensor)
+        things = _living({*CONTAINERS, *optimizers, *callbacks})
+        self.optimizers: list[Optimizer] = _of(things, things, optimizers)
+        self.callbacks = _of(things, things, callbacks)
+        lists, dicts = _of(things, things, {list}), _of(things, things, MAPPINGS)
+        self.by_parameter: list[dict[Tensor, Any]] = _beginning(dicts, dicts, tensors)
+        tables = set(map(id, self.by_parameter))
+        named = [t for t in _beginning(dicts, map(dict.values, dicts), tensors) if id(t) not in tables]
+        self.lists: list[Any] = [*_beginning(lists, lists, tensors), *named]
 
-    def _see_container(self, thing: Any) -> None:
-        try:
-            first = next(iter(thing))
-            value = next(iter(thing.values())) if isinstance(thing, dict) else first
-        except (StopIteration, RuntimeError):  # empty, or another thread writes it
-            return
-        if issubclass(type(first), Tensor) and isinstance(thing, dict):
-            self.by_parameter.append(thing)
-        elif issubclass(type(value), Tensor):
-            self.lists.append(thing)
+
+def _beginning(things: Sequence[Any], contents: Iterable[Iterable[Any]], kinds: set[type]) -> list[Any]:
+    """Those of ``things`` the first of whose ``contents`` is of exactly one of these types."""
+    return _of(things, map(next, map(iter, contents), itertools.repeat(None)), kinds)
+
+
+def _of(things: Sequence[Any], signs: Iterable[Any], kinds: set[type]) -> list[Any]:
+    """Those of ``things`` whose sign is of exactly one of these types; there may be millions."""
+    return list(itertools.compress(things, map(kinds.__contains__, map(type, signs))))
+
+
+# A tuple that another thread is filling must not be referred to when that thread goes on. So each of these two looks at
+# everything in one call that runs no Python code, and what lists the objects, an object itself, is gone with the call:
+# an iterator that is not at its end would be kept by the list that it is in.
+
+NEW = 99  # more than the objects that one look makes
 
 
 def _living(kinds: set[type]) -> list[Any]:
-    """Every object of exactly these types."""
-    things = _but_tuples(gc.get_objects, [])
-    return list(itertools.compress(things, map(kinds.__contains__, map(type, things))))
+    """Every object of exactly these types, and some nothings."""
+    found: list[Any] = []
+    with _alone, _uncollected():
+        for generation in range(3):
+            # Listed twice, in one order: what is new the second time stands at the end of the youngest. So that both
+            # come to their end, the first is followed by nothings.
+            found += itertools.compress(
+                itertools.chain(_listed(gc.get_objects, [generation]), itertools.repeat(None, NEW)),
+                map(kinds.__contains__, map(type, _listed(gc.get_objects, [generation]))),
+            )
+    return found
 
 
 def _referrers(things: list[Any]) -> list[Any]:
     """What refers to ``things``, tuples apart."""
-    return _but_tuples(gc.get_referrers, things) if things else []
+    with _alone, _uncollected():
+        return list(itertools.filterfalse(tuple.__instancecheck__, _listed(gc.get_referrers, things))) if things else []
 
 
-def _but_tuples(ask: Callable[..., list[Any]], of: list[Any]) -> list[Any]:
-    """What ``ask`` finds, tuples apart.
-
-    In one call that runs no Python code (``isinstance`` may) and leaves nothing behind (a variable would): a tuple that
-    another thread is filling must not be referred to when that thread goes on.
-    """
-    with _alone:  # another thread would switch the collector on again, and what it calls is Python code
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            return list(itertools.compress(*_marked(itertools.chain.from_iterable(itertools.starmap(ask, [of])))))
-        finally:
-            if collecting:
-                gc.enable()
+def _listed(ask: Callable[..., list[Any]], of: list[Any]) -> Iterable[Any]:
+    """What ``ask(*of)`` will give when the first of it is wanted."""
+    return itertools.chain.from_iterable(itertools.starmap(ask, [of]))
 
 
-def _marked(things: Iterable[Any]) -> tuple[Iterable[Any], Iterable[bool]]:
-    """``things``, and for each whether it is no tuple; nothing is looked at yet."""
-    once, again = itertools.tee(things)
-    return once, map(operator.is_not, map(type, again), itertools.repeat(tuple))
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected meanwhile: it runs Python code."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _subclasses(kind: type) -> set[type]:
