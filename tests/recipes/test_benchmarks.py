@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu, lightning_overhead, loader
+from benchmarks import gpu, importing, lightning_overhead, loader
 from benchmarks.timing import compared, in_turns, table
 from recipes.images.augment import crop_padding
 from recipes.images.source import Images
@@ -166,3 +166,13 @@ def test_the_twin_of_the_recipe_is_trained_alike(monkeypatch, capsys, tmp_path):
     assert trainer.global_step == 9 and all(bool(m.any()) for m in momentum)
     assert twin.net is not trainer.lightning_module.net
     assert not list(tmp_path.rglob("version_0"))  # what the run wrote is gone
+
+
+def test_imports_are_timed_in_processes_of_their_own(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "importing.json"
+    command = ["importing.py", "--repeats", "1", "--modules", "torch_meanfield", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    importing.main()
+    row = json.loads(out.read_text())["rows"]["torch_meanfield"]
+    assert "torch_meanfield" in capsys.readouterr().out
+    assert 0 < row["seconds"] < row["seconds_before"]
