@@ -334,8 +334,8 @@ def test_a_failure_half_way_leaves_everything_as_it_was(where, monkeypatch):
     if where == "norms":
         data = [*data, (torch.randn(4, 5, 8, 8), torch.zeros(4).long())]  # update_bn comes last, and fails on it
     else:
-        place = {"optimizer": "let_go_", "constructor": "constructor_of"}[where]
-        monkeypatch.setattr(f"torch_meanfield.pruning.prune.{place}", lambda *_: 1 / 0)
+        place = {"optimizer": "carrying_out.let_go_", "constructor": "prune.constructor_of"}[where]
+        monkeypatch.setattr(f"torch_meanfield.pruning.{place}", lambda *_: 1 / 0)
 
     def snapshot():
         states = [{k: v.clone() for k, v in m.state_dict().items()} for m in (model, average)]
