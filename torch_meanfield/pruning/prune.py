@@ -98,8 +98,8 @@ def prune_depth_(
         if not is_converted(model):
             _convert_(model, read, undo)
         example = Example.of(model, read)
-        follow_given(model, averages)
         gone, seconds = _chosen(model, remove, keep, to_latency, scores, read, example)
+        follow_given(model, averages)
         company = Company(trainers, drivers, averages_in(model, averages))
         report = _carried_out(model, Plan.of(model, gone), company, read, example, undo)
         if seconds is not None and example is not None:
