@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.errors import BadInput
+from recipes.errors import BadInput, one_line
 
 FILES = {20: "resnet20-12fca82f.th", 32: "resnet32-d509ac18.th", 56: "resnet56-4bfd9763.th"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -91,5 +91,7 @@ def public_resnet(depth: int, folder: Path) -> CifarResNet:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     except Exception as error:  # torch.load fails in as many ways as a file can be damaged
-        raise BadInput(f"{path}: not the public ResNet-{depth} ({type(error).__name__}: {error})") from error
+        raise BadInput(
+            f"{path}: not the public ResNet-{depth} ({type(error).__name__}: {one_line(error)[:120]})"
+        ) from error
     return model

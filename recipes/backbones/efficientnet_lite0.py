@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from recipes.errors import BadInput
+from recipes.errors import BadInput, one_line
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 NAME = "tf_efficientnet_lite0"
@@ -34,7 +34,9 @@ def efficientnet_lite0(path: Path, num_classes: int = 1000) -> nn.Module:
     except BadInput:
         raise
     except Exception as error:  # zipfile and torch.load fail in as many ways as a file can be damaged
-        raise BadInput(f"{path}: not the weights of EfficientNet-Lite0 ({type(error).__name__}: {error})") from error
+        raise BadInput(
+            f"{path}: not the weights of EfficientNet-Lite0 ({type(error).__name__}: {one_line(error)[:120]})"
+        ) from error
     if num_classes != 1000:
         model.reset_classifier(num_classes)
     return model

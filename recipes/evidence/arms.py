@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from torch_meanfield import conversion_report, convert, param_groups
 
@@ -77,20 +78,23 @@ ARMS = {
 
 
 class Scaled(nn.Module):
-    """A learned factor, 1 at first, behind a module with channels in dimension 1.
+    """A learned factor, 1 at first, on what a normalisation puts out: it multiplies its gain and bias.
+
+    So do the steps of a converted network, and both keep the precision of the parameters under autocast.
 
     Args:
-        module: The last layer of a residual branch.
+        module: The normalisation at the end of a residual branch.
         channels: 1 for a single factor, or their number for one each.
     """
 
     def __init__(self, module: nn.Module, channels: int = 1) -> None:
         super().__init__()
         self.module = module
-        self.factor = nn.Parameter(torch.ones(channels, 1, 1))
+        self.factor = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.factor * self.module(x)
+        scaled = {name: p * self.factor for name, p in self.module.named_parameters()}
+        return cast(Tensor, functional_call(self.module, scaled, (x,)))
 
 
 def scaled_modules(model: nn.Module, example: Tensor) -> list[str]:

@@ -3,7 +3,7 @@
 
     python recipes/evidence/finetune.py --weights PATH --data folder:PATH/cifar10-jpeg --label cifar10-jpeg
         [--networks resnet20 efficientnet_lite0] [--arms plain converted "scale, no order"] [--rates 0.01 0.03 0.1]
-        [--steps 200] [--tuning-seeds 1] [--seeds 11 12 13 14 15] [--out runs/evidence]
+        [--steps 100 400] [--tuning-seeds 1] [--seeds 11 12 13 14 15] [--out runs/evidence]
 
 First every arm is trained at every rate on the tuning seeds, and its rate chosen by the error on 3,000 of the test
 images. Then it is trained at that rate on fresh seeds; what is reported is the error on the other test images, paired
@@ -13,6 +13,7 @@ command goes on where it stopped, and renews finetune.json. Tables and pictures:
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -94,20 +95,25 @@ def best_rate(runs: Sequence[Run]) -> float:
 
 def walk(grid: Grid, args: Namespace) -> Iterator[Job]:
     """The jobs in their order: tuning arm by arm, then fresh seeds, all arms of each."""
-    for network in args.networks:
+    for network, steps in itertools.product(args.networks, args.steps):
         chosen = {}
         for arm in args.arms:
-            jobs = [Job(network, arm, rate, args.steps, s, "tuning") for s in args.tuning_seeds for rate in args.rates]
+            jobs = [
+                Job(network, arm, rate, steps, seed, "tuning", args.precision)
+                for seed in args.tuning_seeds
+                for rate in args.rates
+            ]
             yield from jobs
             chosen[arm] = best_rate([grid.run(job) for job in jobs])
-        yield from (Job(network, arm, chosen[arm], args.steps, seed) for seed in args.seeds for arm in args.arms)
+        for seed, arm in itertools.product(args.seeds, args.arms):
+            yield Job(network, arm, chosen[arm], steps, seed, "report", args.precision)
 
 
 def study(grid: Grid, args: Namespace, made: dict[str, Any]) -> None:
     """Make what is not there yet; ``finetune.json`` is renewed after each run."""
     each = len(args.arms) * (len(args.rates) * len(args.tuning_seeds) + len(args.seeds))
     runs = []
-    with tqdm(total=each * len(args.networks), desc="finetune", unit="run") as bar:
+    with tqdm(total=each * len(args.networks) * len(args.steps), desc="finetune", unit="run") as bar:
         for job in walk(grid, args):
             bar.set_postfix_str(job.key)
             new = grid.done(job) is None
@@ -133,7 +139,8 @@ def arguments() -> Namespace:
     parser.add_argument("--networks", nargs="+", default=["resnet20"], choices=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--arms", nargs="+", default=list(ARMS)[:3], choices=list(ARMS), metavar="ARM")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, nargs="+", default=[200], help="lengths of the training")
+    parser.add_argument("--precision", default="32", choices=["32", "bf16"], help="of the forward pass in training")
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs and their JSON")
@@ -172,7 +179,13 @@ def main() -> None:
     torch.set_num_threads(1)  # the sums come out the same on every machine
     try:
         data, name = load(args)
-        given = {"networks": args.networks, "arms": args.arms, "rates": args.rates, "steps": [args.steps]}
+        given = {
+            "networks": args.networks,
+            "arms": args.arms,
+            "rates": args.rates,
+            "steps": args.steps,
+            "precision": [args.precision],
+        }
         given |= {"tuning-seeds": args.tuning_seeds, "seeds": args.seeds}
         words = [w for option, values in given.items() for w in (f"--{option}", *map(str, values))]
         places = ["--weights", "WEIGHTS", "--data", args.data.partition(":")[0] + ":DATA" * (":" in args.data)]

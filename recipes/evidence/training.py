@@ -32,12 +32,13 @@ class Job:
     steps: int
     seed: int
     on: Literal["tuning", "report"] = "report"  # the test images that its error is of
+    precision: Literal["32", "bf16"] = "32"  # of the forward pass in training; all that is kept is float32
 
     @property
     def key(self) -> str:
         """A file name."""
         arm = self.arm.replace(", ", "-").replace(" ", "_")
-        return f"{self.network}-{arm}-{self.rate:g}-{self.steps}-{self.on}-{self.seed}"
+        return f"{self.network}-{arm}-{self.rate:g}-{self.steps}-{self.precision}-{self.on}-{self.seed}"
 
 
 @dataclass
@@ -86,7 +87,8 @@ def fine_tune(job: Job, network: Network, data: Data, weights: Path) -> Run:
     losses: list[float] = []
     with subscribe(moved.append, model):
         for pixels, labels in batches(data.train, job.steps, job.seed):
-            loss = F.cross_entropy(model(network.prepared(pixels)), labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16"):
+                loss = F.cross_entropy(model(network.prepared(pixels)), labels)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 break
