@@ -116,15 +116,15 @@ def factor(step: int, steps: int, rising: int = 0) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
-def batches(images: Images, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """``steps`` batches of pixels, mirrored with probability 1/2, and labels; in passes, always the same for a seed."""
+def batches(images: Images, steps: int, seed: int, mirror: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    """``steps`` batches of pixels, half of them mirrored, and labels; in passes, always the same for a seed."""
     draws = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         if len(order) < min(BATCH, len(images)):
             order = torch.randperm(len(images), generator=draws)
         chosen, order = images.select(order[:BATCH]), order[BATCH:]
-        mirrored = torch.rand(len(chosen), generator=draws) < 0.5
+        mirrored = torch.rand(len(chosen), generator=draws) < (0.5 if mirror else 0.0)
         pixels = torch.where(mirrored[:, None, None, None], chosen.pixels.flip(3), chosen.pixels)
         yield pixels, chosen.labels
 
