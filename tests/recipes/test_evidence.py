@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import torch
 from PIL import Image
 
 from recipes.backbones.cifar_resnet import FILES, MEAN, STD, CifarResNet
-from recipes.evidence import finetune
+from recipes.evidence import criteria, finetune, page
 from recipes.evidence import report as reports
 from recipes.evidence.arms import ARMS, Scaled, scaled_modules
 from recipes.evidence.networks import Network
-from recipes.evidence.training import Data, Job, Run, batches, factor, fine_tune, in_segments, some_of
+from recipes.evidence.training import Data, Job, Run, batches, error, factor, fine_tune, in_segments, some_of
 from recipes.images.source import Images
+from torch_meanfield import conversion_report, convert
 
 
 def made(*_):
@@ -78,8 +80,6 @@ def test_the_control_scales_the_branches_that_conversion_would():
 
 
 def converted_stages(model):
-    from torch_meanfield import conversion_report
-
     return [stage.module for stage in conversion_report(model)]
 
 
@@ -191,3 +191,51 @@ def test_the_report_says_what_the_runs_say():
     said = reports.verdicts(runs)
     assert said[0] == "- converted: better than plain (-1.00 ± 0.25 points; lower in 3 of 3 pairs)."
     assert said[1].startswith("- converted: not distinguishable from scale, no order (+0.00")
+
+
+def test_criteria_are_compared_and_the_page_is_made_of_the_files(folder, monkeypatch, capsys):
+    results, kept = folder / "results", folder / "kept"
+    arguments = ["--weights", str(folder), "--data", f"folder:{folder / 'data'}", "--label", "two", "--kept", str(kept)]
+    arguments += ["--network", "resnet20", "--removed", "2", "5", "--by", "cosine", "random", "--draws", "2"]
+    monkeypatch.setattr(sys, "argv", ["criteria.py", *arguments, "--out", str(results)])
+    criteria.main()
+    document = json.loads((results / "prune_criteria.json").read_text())
+    cosine, one, other = document["rows"]
+    assert sorted(cosine["order"]) == sorted(one["order"]) == sorted(other["order"]) and one["order"] != other["order"]
+    assert list(cosine["errors"]) == ["2", "5"] and len(cosine["order"]) == 7 and document["images"] == 8
+    assert str(folder) not in json.dumps(document)
+    monkeypatch.setattr(criteria, "measured", lambda *_: pytest.fail("what is done was done again"))
+    criteria.main()
+    text = (results / "prune_criteria.md").read_text()
+    assert "| cosine | " in text and " to " in next(line for line in text.splitlines() if line.startswith("| random"))
+
+    monkeypatch.setattr(sys, "argv", ["page.py", "--results", str(results), "--page", str(folder / "results.md")])
+    page.main()
+    written = (folder / "results.md").read_text()
+    assert criteria.table(document) in written
+    assert "`python recipes/elastic_depth.py --data fashion-mnist` does" in written
+    capsys.readouterr()
+
+
+def test_a_reference_that_removes_by_hand_finds_the_same_error(folder):
+    data = Data(images(96), images(8), images(64, 3), 3)
+    network = replace(TINY, name="by hand")
+    model = convert(made().eval(), network.prepared(data.train.pixels[:2]))
+    with torch.no_grad():
+        model.layer1[1].bn2.weight *= 1e-3
+    args = Namespace(removed=[1], scored=96, images=64)
+    row = criteria.measured("leave_one_out", 0, model, network, data, args)
+    first = row["order"][0]
+    by_hand = made()
+    by_hand.load_state_dict({k: v for k, v in model.state_dict().items() if "tau_axis" not in k})
+    stage, number = first.split(".")
+    blocks = list(getattr(by_hand, stage))
+    setattr(by_hand, stage, torch.nn.Sequential(*(b for i, b in enumerate(blocks) if str(i) != number)))
+    x = network.prepared(some_of(data.train, 96).pixels)
+    torch.optim.swa_utils.update_bn([x], by_hand)
+    assert row["errors"][1] == error(by_hand, network, some_of(data.report, 64))
+
+
+def test_the_page_in_the_docs_is_what_the_files_make():
+    root = Path(__file__).resolve().parents[2]
+    assert (root / "docs" / "results.md").read_text() == page.page(root / "benchmarks" / "results", root / "docs")
