@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -216,4 +217,8 @@ def _call(function: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
             continue
         text = value.__name__ if isinstance(value, type) else repr(value)
         parts.append(f"{key}={text if len(text) < 60 else '...'}")
-    return Constructor(f"{name}({', '.join(parts)})", lambda: function(*args, **_own(kwargs)))
+    return Constructor(f"{name}({', '.join(parts)})", partial(_made, function, tuple(args), dict(kwargs)))
+
+
+def _made(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return function(*args, **_own(kwargs))
