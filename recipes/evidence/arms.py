@@ -23,14 +23,14 @@ class Arm:
         name: How tables name it.
         form: ``plain``; ``converted``: steps that are differences of ordered times; ``scaled``: a learned factor for
             each of the same branches, without order; ``layerscale``: one for each of their channels (Touvron et al.
-            2021), from 1.
+            2021), from 1; ``last``: a factor for the last of these branches alone.
         factor_rate: Learning rate of times or factors over that of the weights.
         warmup: Share of the steps in which the rate rises.
         clip: Largest norm of the gradient; ``None``: not clipped.
     """
 
     name: str
-    form: Literal["plain", "converted", "scaled", "layerscale"] = "plain"
+    form: Literal["plain", "converted", "scaled", "layerscale", "last"] = "plain"
     factor_rate: float = 1.0
     warmup: float = 0.0
     clip: float | None = None
@@ -40,7 +40,8 @@ class Arm:
         if self.form == "converted":
             return convert(model, example)
         if self.form != "plain":
-            for name in scaled_modules(model, example):
+            names = scaled_modules(model, example)
+            for name in names[-1:] if self.form == "last" else names:
                 parent, _, last = name.rpartition(".")
                 branch_end = model.get_submodule(name)
                 channels = branch_end.num_features if self.form == "layerscale" else 1
@@ -70,6 +71,7 @@ ARMS = {
         Arm("converted, tau x10", "converted", 10.0),
         Arm("converted, tau x0.3", "converted", 0.3),
         Arm("scale, x3", "scaled", 3.0),
+        Arm("scale, last block alone", "last"),
         Arm("LayerScale", "layerscale"),
         Arm("plain, warm-up", warmup=0.1),
         Arm("plain, clipped", clip=1.0),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_meanfield import MeanFieldResNet
+from torch_meanfield import MeanFieldResNet, prune_depth_
 
 # Parameters of the literature, in millions (He et al. 2016, Xie et al. 2017), and blocks that are particles.
 FAMILY = [
@@ -259,3 +259,24 @@ def test_depths_are_compared_stage_by_stage():
         ValueError, match=r"depth 16 \(blocks of 2 layers: 3, 2, 2\).*depth 16 .*2, 3, 2.*from_checkpoint"
     ):
         model.load_state_dict(MeanFieldResNet(blocks=(3, 2, 2)).state_dict())
+
+
+@pytest.mark.parametrize(
+    "removed, blocks",
+    [
+        (("stage1.particles.0", "stage2.particles.1"), (2, 2, 3)),
+        ([f"stage1.particles.{i}" for i in range(3)], (0, 3, 3)),
+    ],
+)
+def test_a_network_that_has_lost_blocks_is_made_anew_from_what_it_saved(removed, blocks):
+    model, x = MeanFieldResNet(20), torch.randn(4, 3, 8, 8)
+    for layer in model.mean_field_layers().values():
+        layer.set_tau_(layer.tau * 0.7)
+    prune_depth_(model, remove=removed)
+    saved = model.state_dict()
+    with pytest.raises(ValueError, match="from_checkpoint"):
+        MeanFieldResNet(20).load_state_dict(saved)
+    made = MeanFieldResNet.from_checkpoint(saved)
+    assert made.blocks == model.blocks == blocks and made.depth == model.depth == 2 * sum(blocks) + 2
+    assert torch.equal(made.eval()(x), model.eval()(x))
+    assert model.load_state_dict(saved).missing_keys == []

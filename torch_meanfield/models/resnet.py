@@ -294,7 +294,7 @@ class MeanFieldResNet(nn.Module):
             model = cls(**asdict(found), horizon=horizon, drop_rate=drop_rate, global_pool=global_pool)
         stem = state_dict["stem.weight"]
         model.to(stem.dtype).to_empty(device=stem.device)
-        model.load_state_dict({k: v for k, v in state_dict.items() if not _of_no_particle(k, v)})
+        model.load_state_dict(state_dict)
         return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -324,11 +324,6 @@ def _check_head(num_classes: int, pool: str) -> None:
         raise ValueError(f"global_pool must be one of {', '.join(map(repr, _POOLS))}, got {pool!r}")
     if num_classes < 0 or (num_classes and not pool):
         raise ValueError(f"num_classes must be >= 0, and 0 without pooling; got {num_classes} with {pool!r}")
-
-
-def _of_no_particle(name: str, value: Any) -> bool:
-    """Whether an entry is the tau of a stage that has lost all its particles."""
-    return ".tau_axis." in name and isinstance(value, Tensor) and value.numel() == 0
 
 
 def _branch_factory(block: str, stage: int, cardinality: int, base_width: int) -> Callable[..., nn.Sequential]:
