@@ -29,9 +29,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from recipes.backbones.networks import NETWORKS, Network
 from recipes.errors import BadInput, leave
 from recipes.evidence.finetune import load
-from recipes.evidence.networks import NETWORKS, Network
 from recipes.evidence.training import BATCH, Data, error, some_of
 from recipes.record import DIGITS, provenance, write_json
 from torch_meanfield import convert

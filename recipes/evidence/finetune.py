@@ -31,9 +31,9 @@ if __package__ in (None, ""):  # run as a script: its siblings are found from th
 import torch
 from tqdm import tqdm
 
+from recipes.backbones.networks import NETWORKS
 from recipes.errors import BadInput, leave
 from recipes.evidence.arms import ARMS
-from recipes.evidence.networks import NETWORKS
 from recipes.evidence.training import Data, Job, Run, fine_tune, some_of
 from recipes.images.source import Images
 from recipes.images.sources import open_source

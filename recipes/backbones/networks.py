@@ -1,4 +1,4 @@
-"""The pretrained networks of the comparisons, and images as each of them wants them."""
+"""The public networks by name, and images as each of them wants them."""
 
 from __future__ import annotations
 
