@@ -31,9 +31,9 @@ Row = dict[str, Any]
 
 
 def groups(runs: Sequence[Row]) -> list[tuple[str, int, list[Row]]]:
-    """The runs of each network and length, in the order in which they were made."""
+    """The runs of each network and length in the order in which they were made, on the seeds that every arm has seen."""
     keys = dict.fromkeys((r["network"], r["steps"]) for r in runs)
-    return [(n, s, [r for r in runs if (r["network"], r["steps"]) == (n, s)]) for n, s in keys]
+    return [(n, s, whole_seeds([r for r in runs if (r["network"], r["steps"]) == (n, s)])) for n, s in keys]
 
 
 def by_arm(runs: Sequence[Row], on: str) -> dict[str, list[Row]]:
@@ -53,6 +53,25 @@ def rates_table(runs: Sequence[Row]) -> str:
         cells = [f"**{m:.2f}**" if m == least else f"{m:.2f}" if math.isfinite(m) else "diverged" for m in means]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def edges(runs: Sequence[Row]) -> list[str]:
+    """The arms whose chosen rate is the lowest or the highest that was tried, in words: a better one may lie beyond."""
+    said = []
+    for arm, rows in by_arm(runs, "tuning").items():
+        rates = sorted({r["rate"] for r in rows})
+        of = {rate: mean([r["error"] for r in rows if r["rate"] == rate]) for rate in rates}
+        finite = {rate: m for rate, m in of.items() if math.isfinite(m)}
+        if finite and (best := min(finite, key=lambda rate: finite[rate])) in (rates[0], rates[-1]):
+            said.append(f"{arm} ({'lowest' if best == rates[0] else 'highest'} tried, {best:g})")
+    return [f"Best at an edge of the rates, so perhaps better beyond it: {', '.join(said)}.\n"] if said else []
+
+
+def whole_seeds(runs: Sequence[Row]) -> list[Row]:
+    """The runs without fresh seeds on which some arm has not been trained yet: means are over the same seeds."""
+    of = by_arm(runs, "report")
+    shared = set.intersection(*({r["seed"] for r in rows} for rows in of.values())) if of else set()
+    return [r for r in runs if r["on"] == "tuning" or r["seed"] in shared]
 
 
 def mean(errors: Sequence[float | None]) -> float:
@@ -130,6 +149,7 @@ def report(document: dict[str, Any]) -> str:
             f"{document['tuning_images']:,} images by which each arm's rate was chosen (seed "
             f"{', '.join(map(str, tuning))}):\n",
             rates_table(runs),
+            *edges(runs),
             f"Fresh seeds at that rate; test error in % on the other {document['test_images']:,} images:\n",
             results_table(runs),
             "\n".join(verdicts(runs)) + "\n",

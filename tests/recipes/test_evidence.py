@@ -190,6 +190,11 @@ def test_the_report_says_what_the_runs_say():
     assert "| 0 | 0.90 to 1.20 |" in table
     said = reports.verdicts(runs)
     assert said[0] == "- converted: better than plain (-1.00 ± 0.25 points; lower in 3 of 3 pairs)."
+    assert reports.edges(runs) == [
+        "Best at an edge of the rates, so perhaps better beyond it: plain (lowest tried, 0.01), converted (lowest "
+        "tried, 0.01).\n"
+    ]
+    assert reports.whole_seeds([*runs, row("plain", 9.0, 8)]) == runs  # a seed that the other arms have not seen
     assert said[1].startswith("- converted: not distinguishable from scale, no order (+0.00")
 
 
