@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def groups(runs: Sequence[Row]) -> list[tuple[str, int, list[Row]]]:
-    """The runs of each network and length in the order in which they were made, on the seeds that every arm has seen."""
+    """The runs of each network and length as they were made, on the seeds that every arm has seen."""
     keys = dict.fromkeys((r["network"], r["steps"]) for r in runs)
     return [(n, s, whole_seeds([r for r in runs if (r["network"], r["steps"]) == (n, s)])) for n, s in keys]
 
