@@ -1,4 +1,4 @@
-"""The post-activation CIFAR ResNet of He et al. 2015, with the weights of ``akamaster/pytorch_resnet_cifar10``."""
+"""The post-activation CIFAR ResNet of arXiv:1512.03385, with the weights of ``akamaster/pytorch_resnet_cifar10``."""
 
 from __future__ import annotations
 

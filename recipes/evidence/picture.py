@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from recipes.evidence.rows import by_arm, errors_by_seed, groups
+
 
 def draw(path: Path, document: dict[str, Any]) -> None:
     """A row of three panels for each network and length.
@@ -21,8 +23,6 @@ def draw(path: Path, document: dict[str, Any]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-
-    from recipes.evidence.report import by_arm, errors_by_seed, groups
 
     rows = groups(document["runs"])
     figure, axes = plt.subplots(len(rows), 3, figsize=(14, 3.9 * len(rows)), squeeze=False)

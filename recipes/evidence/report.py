@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -21,26 +20,13 @@ if __package__ in (None, ""):  # run as a script: its siblings are found from th
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from recipes.evidence.picture import draw
-from recipes.grids.paired import paired, told
+from recipes.evidence.rows import Row, against, by_arm, errors_by_seed, groups, mean
+from recipes.grids.paired import told
 from recipes.record import DIGITS, write_json
 
 NAME = "learned_steps"
 CONTROL = "scale, no order"
 PRECISION = {"32": "", "bf16": "; forward passes of the training in bfloat16 by autocast, all else float32"}
-Row = dict[str, Any]
-
-
-def groups(runs: Sequence[Row]) -> list[tuple[str, int, list[Row]]]:
-    """The runs of each network and length as they were made, on the seeds that every arm has seen."""
-    keys = dict.fromkeys((r["network"], r["steps"]) for r in runs)
-    return [(n, s, whole_seeds([r for r in runs if (r["network"], r["steps"]) == (n, s)])) for n, s in keys]
-
-
-def by_arm(runs: Sequence[Row], on: str) -> dict[str, list[Row]]:
-    """The runs on ``on`` by arm, in the order in which they were made."""
-    arms = dict.fromkeys(r["arm"] for r in runs)
-    found = {arm: [r for r in runs if (r["arm"], r["on"]) == (arm, on)] for arm in arms}
-    return {arm: rows for arm, rows in found.items() if rows}
 
 
 def rates_table(runs: Sequence[Row]) -> str:
@@ -65,31 +51,6 @@ def edges(runs: Sequence[Row]) -> list[str]:
         if finite and (best := min(finite, key=lambda rate: finite[rate])) in (rates[0], rates[-1]):
             said.append(f"{arm} ({'lowest' if best == rates[0] else 'highest'} tried, {best:g})")
     return [f"Best at an edge of the rates, so perhaps better beyond it: {', '.join(said)}.\n"] if said else []
-
-
-def whole_seeds(runs: Sequence[Row]) -> list[Row]:
-    """The runs without fresh seeds on which some arm has not been trained yet: means are over the same seeds."""
-    of = by_arm(runs, "report")
-    shared = set.intersection(*({r["seed"] for r in rows} for rows in of.values())) if of else set()
-    return [r for r in runs if r["on"] == "tuning" or r["seed"] in shared]
-
-
-def mean(errors: Sequence[float | None]) -> float:
-    """The mean; not a number if a run is missing or diverged."""
-    values = [e for e in errors if e is not None]
-    return statistics.mean(values) if values and len(values) == len(errors) else math.nan
-
-
-def errors_by_seed(rows: Sequence[Row]) -> dict[int, float]:
-    """Errors of the runs that did not diverge, by seed."""
-    return {r["seed"]: r["error"] for r in rows if r["error"] is not None}
-
-
-def against(rows: Sequence[Row], others: Sequence[Row]) -> tuple[float, float] | None:
-    """Paired mean difference over the seeds of both and half its 95 % interval; ``None`` without a pair."""
-    ours, theirs = errors_by_seed(rows), errors_by_seed(others)
-    seeds = sorted(ours.keys() & theirs.keys())
-    return paired([ours[s] for s in seeds], [theirs[s] for s in seeds]) if seeds else None
 
 
 def results_table(runs: Sequence[Row]) -> str:

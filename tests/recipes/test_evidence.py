@@ -17,6 +17,7 @@ from recipes.backbones.networks import Network
 from recipes.evidence import criteria, finetune, page
 from recipes.evidence import report as reports
 from recipes.evidence.arms import ARMS, Scaled, scaled_modules
+from recipes.evidence.rows import whole_seeds
 from recipes.evidence.training import Data, Job, Run, batches, error, factor, fine_tune, in_segments, some_of
 from recipes.images.source import Images
 from torch_meanfield import conversion_report, convert
@@ -194,7 +195,7 @@ def test_the_report_says_what_the_runs_say():
         "Best at an edge of the rates, so perhaps better beyond it: plain (lowest tried, 0.01), converted (lowest "
         "tried, 0.01).\n"
     ]
-    assert reports.whole_seeds([*runs, row("plain", 9.0, 8)]) == runs  # a seed that the other arms have not seen
+    assert whole_seeds([*runs, row("plain", 9.0, 8)]) == runs  # a seed that the other arms have not seen
     assert said[1].startswith("- converted: not distinguishable from scale, no order (+0.00")
 
 
