@@ -136,7 +136,7 @@ def _chosen(
                 "depth_scores(model, batches), or batches=, or the names of the blocks"
             )
         scores = depth_scores(model, [(b.inputs, b.targets) for b in batches], progress=False)
-    order = order_of(scores, blocks)
+    order = order_of(scores, blocks, model)
     if to_latency is None:
         return gone_of(remove, keep, order, blocks), None
     if example is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -65,7 +65,6 @@ class DepthScores:
     samples: int = 0
     passes: float = 0.0
     seconds: float = 0.0
-    model: str = field(default="", repr=False)
 
     def __iter__(self) -> Iterator[tuple[str, float]]:
         return ((e.name, e.score) for e in self.entries)
@@ -115,10 +114,11 @@ def depth_scores(
             :func:`.convert` returned). Any other is converted on the way, in a copy.
         batches: of pairs (inputs, targets), read once; 512 images in a few batches are enough. ``"cosine"`` and
             ``"ratio"`` need no targets, ``"step"`` no batches.
-        by: ``"greedy"``: of all blocks that are left, the one without which the loss is least goes next, until one is
-            left. The best of them where it was measured, and the dearest: n (n + 1) / 2 passes for n blocks,
-            each from its block on (what comes before is computed once a batch).
-            ``"leave_one_out"``: by how much the loss rises without the block; n such passes.
+        by: ``"greedy"``: of all blocks that are left, the one without which the loss is least goes next. The best of
+            them where it was measured, and the dearest: n / 2 passes for n blocks, and then about two for each block
+            that is left, in units of what they take by then (:func:`.greedy_order`).
+            ``"leave_one_out"``: by how much the loss rises without the block; n / 2 passes, since what comes before a
+            block is computed once a batch.
             ``"fisher"``: half the mean squared derivative of a sample's loss by a gate on the branch (Theis et al.
             2018); one pass forth and back.
             ``"cosine"``: 1 minus the cosine between what goes in and what comes out (Men et al. 2024).
@@ -176,7 +176,7 @@ def depth_scores(
         order = tuple(e.name for e in sorted(entries, key=lambda e: e.score))
     samples = sum(b.size for b in read)
     seconds = time.perf_counter() - start
-    return DepthScores(by, entries, order, whole, samples, passes, seconds, type(model).__name__)
+    return DepthScores(by, entries, order, whole, samples, passes, seconds)
 
 
 def scorable(model: nn.Module, caller: str) -> list[Block]:
