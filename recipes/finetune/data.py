@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from recipes.errors import BadInput
-from recipes.images.data import Batch, ImageData
+from recipes.images.data import Batch, ImageData, InMemory
 from recipes.images.folder import Folder
 from recipes.images.source import Images, Source, Split
 
@@ -71,6 +72,21 @@ class FinetuneData(ImageData):
     def statistics(self) -> dict[str, list[float]]:
         """Mean and standard deviation by which the images are normalised, of pixels in 0..1, by channel."""
         return {"mean": self._mean.tolist(), "std": self._std.tolist()}
+
+    def some(self, part: Literal["train", "val", "test"], count: int | None, batch_size: int) -> Iterator[Batch]:
+        """Finished batches of ``count`` images of a part (``None``: all), always the same; none in memory is cut."""
+        self.prepare_data()
+        self.open()
+        data: Any = self._data[part]
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
+        for index in order.split(batch_size):
+            if isinstance(data, InMemory):
+                chosen = data.images.select(index)
+                batch = chosen.pixels, chosen.labels
+            else:
+                pixels, labels = zip(*(data[int(i)] for i in index), strict=True)
+                batch = torch.stack(pixels), torch.tensor(labels)
+            yield self.on_after_batch_transfer(batch, 0)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         images, labels = super().on_after_batch_transfer(batch, dataloader_idx)

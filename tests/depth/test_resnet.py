@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_meanfield import MeanFieldResNet
+from torch_meanfield import MeanFieldResNet, prune_depth_
 
 # Parameters of the literature, in millions (He et al. 2016, Xie et al. 2017), and blocks that are particles.
 FAMILY = [
@@ -144,6 +144,12 @@ def test_a_checkpoint_for_another_depth_names_both_and_changes_nothing():
         ({"in_chans": 0}, "in_chans must be an integer of at least 1, got 0"),
         ({"tau_init": "sorted"}, "tau_init must be"),
         ({"horizon": -1}, "horizon must be positive"),
+        ({"depth": 20, "blocks": (3, 3, 3)}, r"depth and blocks both .* 20 and \(3, 3, 3\)"),
+        ({"blocks": (3, 3)}, r"blocks must hold .* 3 stages, at least 0, 1, 1 .*got \(3, 3\)"),
+        ({"blocks": (3, 0, 3)}, r"at least 0, 1, 1 .*got \(3, 0, 3\)"),
+        ({"blocks": (0, 1, 1), "block": "bottleneck"}, "at least 1, 1, 1 for block='bottleneck'"),
+        ({"blocks": (3, True, 3)}, "blocks must hold"),
+        ({"blocks": 9}, "blocks must hold .*got 9"),
     ],
 )
 def test_bad_input_is_named(arguments, match):
@@ -161,3 +167,116 @@ def test_intermediates_refuse_what_they_cannot_do():
     ):
         with pytest.raises(ValueError, match=match):
             model.forward_intermediates(x, **arguments)
+
+
+@pytest.mark.parametrize(
+    "blocks, block, particles",
+    [
+        ((4, 3, 6), "basic", (4, 2, 5)),
+        ((1, 1, 2), "basic", (1, 1)),
+        ((0, 1, 1), "basic", ()),
+        ((1, 2, 1), "bottleneck", (1,)),
+        ((2, 1, 3), "resnext", (1, 2)),
+    ],
+)
+def test_any_number_of_blocks_in_each_stage(blocks, block, particles):
+    model = MeanFieldResNet(blocks=blocks, block=block, base_width=4)
+    assert tuple(len(layer) for layer in model.mean_field_layers().values()) == particles
+    assert model.blocks == blocks and model(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) - (2 if block == "basic" else 3) + 1 == model.depth  # without shortcuts, with the classifier
+
+
+def test_equal_blocks_are_the_network_of_that_depth():
+    nets = []
+    for arguments in ({"depth": 14}, {"blocks": [2, 2, 2]}):
+        torch.manual_seed(0)
+        nets.append(MeanFieldResNet(**arguments).eval())
+    assert nets[0].depth == nets[1].depth == 14 and nets[0].blocks == (2, 2, 2)
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(nets[0](x), nets[1](x))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"blocks": (4, 1, 3), "num_classes": 7, "in_chans": 1},
+        {"blocks": (0, 1, 1)},
+        {"blocks": (2, 3, 1), "block": "bottleneck", "num_classes": 0},
+        {"blocks": (1, 3, 2), "block": "resnext", "cardinality": 2, "base_width": 8},
+        {"depth": 14, "learn_tau": False, "horizon": 1.0},
+        {"depth": 14, "horizon": 1.0, "tau_init": "random"},
+    ],
+)
+def test_a_checkpoint_makes_the_model_it_comes_from(arguments):
+    torch.manual_seed(0)
+    model = MeanFieldResNet(**arguments)
+    for layer in model.mean_field_layers().values():  # so that neither times nor statistics are those of a new model
+        layer.set_tau_(layer.tau * 0.7)
+    model(torch.randn(4, model.in_chans, 8, 8))
+    random_state = torch.get_rng_state()
+    made = MeanFieldResNet.from_checkpoint(model.state_dict())
+    assert torch.equal(torch.get_rng_state(), random_state)  # nothing was drawn
+    assert (made.blocks, made.block, made.depth) == (model.blocks, model.block, model.depth)
+    x = torch.randn(2, model.in_chans, 8, 8)
+    assert torch.equal(made.eval()(x), model.eval()(x))
+    state = made.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in made.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_a_model_from_a_checkpoint_has_its_dtype_and_trains():
+    model = MeanFieldResNet(blocks=(2, 1, 2)).double()
+    made = MeanFieldResNet.from_checkpoint(model.state_dict(), drop_rate=0.1, global_pool="max")
+    assert made.stem.weight.dtype == torch.float64 and (made.drop_rate, made.global_pool) == (0.1, "max")
+    assert made.stage1.particles.tau.dtype == torch.float64
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    made(torch.randn(2, 3, 8, 8, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(made.stem.weight, model.stem.weight)
+
+
+def test_what_is_no_checkpoint_makes_no_model():
+    good = MeanFieldResNet(blocks=(1, 1, 2)).state_dict()
+    for state, error, match in (
+        ([], TypeError, "mapping of names to tensors, got list"),
+        ({1: torch.zeros(1)}, TypeError, "has the key 1"),
+        ({"epoch": 3, "state_dict": good}, ValueError, "no checkpoint of a MeanFieldResNet.*begin with epoch"),
+        ({f"module.{k}": v for k, v in good.items()}, ValueError, "without a prefix"),
+        ({k: v for k, v in good.items() if k != "stem.weight"}, ValueError, "stem.weight'. must be a tensor of 4"),
+        ({**good, "fc.weight": torch.zeros(3)}, ValueError, r"fc.weight'. must be .* shape \(3,\)"),
+        ({k: v for k, v in good.items() if k != "norm.bias"}, RuntimeError, "norm.bias"),
+        ({**good, "stage3.particles.tau_axis.offset": torch.tensor([float("nan")])}, ValueError, "not finite"),
+    ):
+        with pytest.raises(error, match=match):
+            MeanFieldResNet.from_checkpoint(state)
+
+
+def test_depths_are_compared_stage_by_stage():
+    model = MeanFieldResNet(blocks=(2, 3, 2))
+    with pytest.raises(
+        ValueError, match=r"depth 16 \(blocks of 2 layers: 3, 2, 2\).*depth 16 .*2, 3, 2.*from_checkpoint"
+    ):
+        model.load_state_dict(MeanFieldResNet(blocks=(3, 2, 2)).state_dict())
+
+
+@pytest.mark.parametrize(
+    "removed, blocks",
+    [
+        (("stage1.particles.0", "stage2.particles.1"), (2, 2, 3)),
+        ([f"stage1.particles.{i}" for i in range(3)], (0, 3, 3)),
+    ],
+)
+def test_a_network_that_has_lost_blocks_is_made_anew_from_what_it_saved(removed, blocks):
+    model, x = MeanFieldResNet(20), torch.randn(4, 3, 8, 8)
+    for layer in model.mean_field_layers().values():
+        layer.set_tau_(layer.tau * 0.7)
+    prune_depth_(model, remove=removed)
+    saved = model.state_dict()
+    with pytest.raises(ValueError, match="from_checkpoint"):
+        MeanFieldResNet(20).load_state_dict(saved)
+    made = MeanFieldResNet.from_checkpoint(saved)
+    assert made.blocks == model.blocks == blocks and made.depth == model.depth == 2 * sum(blocks) + 2
+    assert torch.equal(made.eval()(x), model.eval()(x))
+    assert model.load_state_dict(saved).missing_keys == []

@@ -18,6 +18,7 @@ def test_every_sibling_is_registered_and_runs():
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
     assert model.default_cfg["input_size"] == (3, 32, 32)
     assert timm.create_model("meanfield_resnet164", learn_tau=False).depth == 164
+    assert timm.create_model("meanfield_resnet20", blocks=(4, 3, 6)).blocks == (4, 3, 6)
 
 
 def test_features_only():

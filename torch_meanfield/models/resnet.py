@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_meanfield.depth.sequential import MeanFieldSequential
 from torch_meanfield.depth.tau_axis import check_tau_entries
+from torch_meanfield.models.architecture import (
+    LAYERS_PER_BLOCK,
+    STAGES,
+    BlockType,
+    Depth,
+    architecture_of,
+    checked_blocks,
+    depth_of,
+)
 from torch_meanfield.models.branches import OpeningBlock, basic_branch, bottleneck_branch
 from torch_meanfield.models.intermediates import forward_intermediates
 from torch_meanfield.particles.loading import check_entries, loaded_whole
 
-BlockType = Literal["basic", "bottleneck", "resnext"]
+ResNet = TypeVar("ResNet", bound="MeanFieldResNet")
 _POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
     "avg": lambda x: x.mean(dim=(2, 3)),
     "max": lambda x: x.amax(dim=(2, 3)),
     "avgmax": lambda x: 0.5 * (x.mean(dim=(2, 3)) + x.amax(dim=(2, 3))),
 }
-_LAYERS_PER_BLOCK = {"basic": 2, "bottleneck": 3, "resnext": 3}
-_STAGES = 3
 
 
 class Stage(nn.Module):
@@ -44,6 +53,11 @@ class Stage(nn.Module):
         x = self.opening(x)
         return x if self.particles is None else cast(Tensor, self.particles(x))
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, with the one that opens the stage."""
+        return isinstance(self.opening, OpeningBlock) + (0 if self.particles is None else len(self.particles))
+
 
 class MeanFieldResNet(nn.Module):
     """A pre-activation CIFAR ResNet or ResNeXt whose blocks have learnable times tau, one tau axis for each stage.
@@ -52,12 +66,15 @@ class MeanFieldResNet(nn.Module):
     1/4. The block that changes resolution or width opens its stage and has no tau; all others do.
 
     Args:
-        depth: 6k + 2 for ``"basic"`` (20, 32, 44, 56, 110), 9k + 2 for ``"bottleneck"`` (164) and ``"resnext"`` (29).
+        depth: 6k + 2 for ``"basic"`` (20, 32, 44, 56, 110), 9k + 2 for ``"bottleneck"`` (164) and ``"resnext"`` (29);
+            ``None``: 20.
         num_classes: size of the output; 0 leaves out the classifier.
         in_chans: channels of the input.
         block: kind of residual branch.
         cardinality: groups of the 3x3 convolution (ResNeXt only).
         base_width: channels in each group of the first stage (ResNeXt only).
+        blocks: in place of a depth, the number of blocks of each of the three stages, with those that open them: at
+            least 1 where the shape changes, so 0 in the first stage of ``"basic"`` alone.
         horizon: last time T of each stage, see :class:`MeanFieldSequential`; ``None``: its number of particles.
         tau_init: ``"uniform"`` or ``"random"``, see :class:`MeanFieldSequential`.
         learn_tau: ``False`` gives the vanilla twin, with the same initial weights under the same seed.
@@ -68,8 +85,8 @@ class MeanFieldResNet(nn.Module):
         input ``(B, in_chans, H, W)``, output ``(B, num_classes)``. H and W of at least 4 (CIFAR: 32).
 
     Raises:
-        ValueError: a depth that the block type does not have, an unknown block type or pooling, a size below 1, a
-            classifier without pooling.
+        ValueError: a depth that the block type does not have, or one beside ``blocks``, too few blocks, an unknown
+            block type or pooling, a size below 1, a classifier without pooling.
 
     Source: Lu et al. 2020, section 5; He et al. 2016 (pre-activation), He et al. 2015 (initialisation), Xie et al.
         2017 (ResNeXt). Parameters, in millions: ResNet-20/32/44/56/110 0.27/0.46/0.66/0.85/1.7, ResNet-164 1.7,
@@ -79,24 +96,27 @@ class MeanFieldResNet(nn.Module):
         >>> model = MeanFieldResNet(depth=20)
         >>> model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
+        >>> MeanFieldResNet(blocks=(4, 3, 6)).depth
+        28
     """
 
     def __init__(
         self,
-        depth: int = 20,
+        depth: int | None = None,
         num_classes: int = 10,
         in_chans: int = 3,
         block: BlockType = "basic",
         *,
         cardinality: int = 8,
         base_width: int = 64,
+        blocks: Sequence[int] | None = None,
         horizon: float | None = None,
         tau_init: Literal["uniform", "random"] = "uniform",
         learn_tau: bool = True,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        blocks = _blocks_per_stage(depth, block)
+        counts = checked_blocks(depth, blocks, block)
         for name, value, least in (
             ("num_classes", num_classes, 0),
             ("in_chans", in_chans, 1),
@@ -107,18 +127,18 @@ class MeanFieldResNet(nn.Module):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         _check_head(num_classes, global_pool)
         super().__init__()
-        self.depth, self.block = depth, block
+        self.block = block
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         chans = 64 if block == "resnext" else 16
         self.stem = nn.Conv2d(in_chans, chans, 3, padding=1, bias=False)
         self.feature_info: list[dict[str, Any]] = []
-        for s in range(_STAGES):
+        for s in range(STAGES):
             stride = 1 if s == 0 else 2
             out_chans = (16 if block == "basic" else 64 if block == "bottleneck" else 256) * 2**s
             branch = _branch_factory(block, s, cardinality, base_width)
             changes = stride != 1 or chans != out_chans
             opening = OpeningBlock(branch(chans, out_chans, stride), chans, out_chans, stride) if changes else None
-            count = blocks - (opening is not None)
+            count = counts[s] - (opening is not None)
             particles = (
                 MeanFieldSequential(
                     *(branch(out_chans, out_chans) for _ in range(count)), horizon=horizon, learn_tau=learn_tau
@@ -152,9 +172,22 @@ class MeanFieldResNet(nn.Module):
         for layer in self.mean_field_layers().values():
             layer.tau_axis.reset_parameters()
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks of each stage as it is now, with the one that opens it."""
+        return tuple(stage.blocks for stage in self.stages())
+
+    @property
+    def depth(self) -> int:
+        """Layers with weights on the longest way from image to class."""
+        return self._depth().total
+
+    def _depth(self) -> Depth:
+        return Depth(self.blocks, LAYERS_PER_BLOCK[self.block])
+
     def stages(self) -> list[Stage]:
         """The three stages, in order."""
-        return [cast(Stage, getattr(self, f"stage{s + 1}")) for s in range(_STAGES)]
+        return [cast(Stage, getattr(self, f"stage{s + 1}")) for s in range(STAGES)]
 
     def mean_field_layers(self) -> dict[str, MeanFieldSequential]:
         """The stacks of sortable blocks by their qualified names."""
@@ -226,6 +259,44 @@ class MeanFieldResNet(nn.Module):
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
+    @classmethod
+    def from_checkpoint(
+        cls: type[ResNet],
+        state_dict: Mapping[str, Any],
+        *,
+        horizon: float | None = None,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+    ) -> ResNet:
+        """The model that a checkpoint comes from, of whatever depth, with its weights, times and dtype.
+
+        Blocks of each stage, their kind, widths, classes and whether times are learned are read from the entries; so a
+        network that has lost blocks in training is made anew from what it saved.
+
+        Args:
+            state_dict: what ``state_dict()`` of such a model gave.
+            horizon, drop_rate, global_pool: as in the constructor; no checkpoint holds them. The horizon tells only
+                where a reset would put the times.
+
+        Raises:
+            TypeError: no mapping of names to tensors.
+            ValueError: no checkpoint of such a model, entries that do not tell its shape, or a tau that is not finite.
+            RuntimeError: missing, unexpected or misshapen entries.
+
+        Example:
+            >>> saved = MeanFieldResNet(blocks=(1, 2, 2), num_classes=7).state_dict()
+            >>> MeanFieldResNet.from_checkpoint(saved).blocks
+            (1, 2, 2)
+        """
+        check_entries(nn.Module(), state_dict)
+        found = architecture_of(state_dict)
+        with torch.device("meta"):  # nothing is drawn: every value comes from the checkpoint
+            model = cls(**asdict(found), horizon=horizon, drop_rate=drop_rate, global_pool=global_pool)
+        stem = state_dict["stem.weight"]
+        model.to(stem.dtype).to_empty(device=stem.device)
+        model.load_state_dict(state_dict)
+        return model
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint whole or not at all; branches whose tau is not sorted are sorted.
 
@@ -236,12 +307,11 @@ class MeanFieldResNet(nn.Module):
             TypeError: no mapping of names to tensors.
         """
         check_entries(self, state_dict)
-        theirs = _depth_of(state_dict)
-        if theirs is not None and theirs != (self.depth, _LAYERS_PER_BLOCK[self.block]):
-            kind = "blocks of {} layers".format
+        theirs, mine = depth_of(state_dict), self._depth()
+        if theirs is not None and theirs != mine:
             raise ValueError(
-                f"state_dict is a checkpoint of depth {theirs[0]} ({kind(theirs[1])}), but this model has depth "
-                f"{self.depth} ({kind(_LAYERS_PER_BLOCK[self.block])}); build it with the checkpoint's depth and block"
+                f"state_dict is a checkpoint of {theirs}, but this model has {mine}; "
+                f"MeanFieldResNet.from_checkpoint(state_dict) makes the model it comes from"
             )
         for name in self.mean_field_layers():
             check_tau_entries(state_dict, f"{name}.")
@@ -254,32 +324,6 @@ def _check_head(num_classes: int, pool: str) -> None:
         raise ValueError(f"global_pool must be one of {', '.join(map(repr, _POOLS))}, got {pool!r}")
     if num_classes < 0 or (num_classes and not pool):
         raise ValueError(f"num_classes must be >= 0, and 0 without pooling; got {num_classes} with {pool!r}")
-
-
-def _blocks_per_stage(depth: int, block: str) -> int:
-    if block not in _LAYERS_PER_BLOCK:
-        raise ValueError(f"block must be one of {sorted(_LAYERS_PER_BLOCK)}, got {block!r}")
-    period = _STAGES * _LAYERS_PER_BLOCK[block]
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < period + 2 or (depth - 2) % period:
-        near = max(1, round((depth - 2) / period)) * period + 2 if isinstance(depth, int) else period + 2
-        raise ValueError(
-            f"depth must be {period}k + 2 for block={block!r} ({period + 2}, {2 * period + 2}, ...), got {depth!r}; "
-            f"the nearest is {near}"
-        )
-    return (depth - 2) // period
-
-
-def _depth_of(state_dict: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Depth and layers per block of the network a checkpoint comes from; ``None`` if it is no such checkpoint."""
-    last = f"stage{_STAGES}."
-    if not any(k.startswith(f"{last}opening.") for k in state_dict):
-        return None
-    # The last convolution of any block, so that a file which lacks one of them is not taken for another network's.
-    numbers = (k.rpartition(".conv")[2].partition(".")[0] for k in state_dict if k.startswith(last) and ".conv" in k)
-    layers = max((int(n) for n in numbers if n.isdecimal()), default=0)
-    names = {k.split(".")[2] for k in state_dict if k.startswith(f"{last}particles.")}
-    blocks = 1 + sum(name.isdigit() for name in names)  # the last stage always has an opening block
-    return _STAGES * layers * blocks + 2, layers
 
 
 def _branch_factory(block: str, stage: int, cardinality: int, base_width: int) -> Callable[..., nn.Sequential]:

@@ -58,7 +58,8 @@ default_cfgs = generate_default_cfgs(
 def _entrypoint(name: str, config: dict[str, Any]) -> Callable[..., Any]:
     def create(pretrained: bool = False, **kwargs: Any) -> Any:
         features = {"feature_cls": "getter", "out_indices": (0, 1, 2)}
-        return build_model_with_cfg(MeanFieldResNet, name, pretrained, feature_cfg=features, **{**config, **kwargs})
+        given = {k: v for k, v in config.items() if k != "depth" or kwargs.get("blocks") is None}
+        return build_model_with_cfg(MeanFieldResNet, name, pretrained, feature_cfg=features, **{**given, **kwargs})
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = __name__

@@ -1,0 +1,1 @@
+"""Controlled comparisons on public pretrained networks: every arm sees the same weights, batches and images."""
