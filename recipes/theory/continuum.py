@@ -146,7 +146,7 @@ def main() -> None:
         rows = [(-each[name][0], -each[name][1]) for each in found.values()]
         right.plot([k + 0.1] * len(rows), [100 * a for a, _ in rows], "_", color=f"C{k}", markersize=14)
         right.plot([k - 0.1] * len(rows), [100 * b for _, b in rows], "o", color=f"C{k}", label=name)
-    right.set(title=f"drop of the loss, % (bars: predicted)", xticks=[])
+    right.set(title="drop of the loss, % (bars: predicted)", xticks=[])
     right.legend(fontsize=7)
     header = ["seed", "block", "predicted change of the loss / loss", "measured", "after 200 steps more"]
     text = table(header, [[seed, name, *row] for seed, each in found.items() for name, row in each.items()])

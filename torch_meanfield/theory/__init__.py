@@ -44,6 +44,10 @@ from torch_meanfield.theory.measures import implicit_euler_step as implicit_eule
 from torch_meanfield.theory.measures import kl_proximal_step as kl_proximal_step
 from torch_meanfield.theory.measures import wfr_step as wfr_step
 from torch_meanfield.theory.ntk import empirical_ntk as empirical_ntk
+from torch_meanfield.theory.order import cheap_moves as cheap_moves
+from torch_meanfield.theory.order import move_prices as move_prices
+from torch_meanfield.theory.order import recover_order_ as recover_order_
+from torch_meanfield.theory.order import reorder_ as reorder_
 from torch_meanfield.theory.order_parameters import Overlaps as Overlaps
 from torch_meanfield.theory.order_parameters import integrate_sgd as integrate_sgd
 from torch_meanfield.theory.order_parameters import population_risk as population_risk
