@@ -43,6 +43,7 @@ from torch_meanfield.theory.linearised import linear_rate_bound as linear_rate_b
 from torch_meanfield.theory.measures import implicit_euler_step as implicit_euler_step
 from torch_meanfield.theory.measures import kl_proximal_step as kl_proximal_step
 from torch_meanfield.theory.measures import wfr_step as wfr_step
+from torch_meanfield.theory.natural_gradient import NaturalGradient as NaturalGradient
 from torch_meanfield.theory.ntk import empirical_ntk as empirical_ntk
 from torch_meanfield.theory.order import cheap_moves as cheap_moves
 from torch_meanfield.theory.order import move_prices as move_prices
