@@ -10,6 +10,8 @@ from torch_meanfield.theory.batch_norm import batch_norm_gradient_growth as batc
 from torch_meanfield.theory.continuum import Trajectory as Trajectory
 from torch_meanfield.theory.continuum import functional_gradient as functional_gradient
 from torch_meanfield.theory.continuum import trajectory as trajectory
+from torch_meanfield.theory.deep_particles import deep_output as deep_output
+from torch_meanfield.theory.deep_particles import train_deep_particles as train_deep_particles
 from torch_meanfield.theory.diagnosis import Diagnosis as Diagnosis
 from torch_meanfield.theory.diagnosis import diagnose as diagnose
 from torch_meanfield.theory.dual_averaging import ParticleDualAveraging as ParticleDualAveraging
@@ -21,6 +23,7 @@ from torch_meanfield.theory.exchange import exchange_ as exchange_
 from torch_meanfield.theory.exchange import exchange_prices as exchange_prices
 from torch_meanfield.theory.exchange import probe_loss as probe_loss
 from torch_meanfield.theory.exchange import time_velocity as time_velocity
+from torch_meanfield.theory.expansion import horizon_expansion as horizon_expansion
 from torch_meanfield.theory.fisher import FisherStatistics as FisherStatistics
 from torch_meanfield.theory.fisher import measured_fisher as measured_fisher
 from torch_meanfield.theory.fisher import predicted_fisher as predicted_fisher
