@@ -6,7 +6,8 @@
 Units a tanh(<w, z> + b) in the plane, standard normal at the start, in the scaling 1 / (LM); sin(2 x) on eight points.
 Left: the squared deviation of the trained outputs from those of evenly spread units, times LM, over the number of
 units: flat. Middle: evenly spread units, the same in every layer: the deviation from a network of 256 layers falls as
-1 / L. Right: the loss over time: to 0 when there are enough units. A minute and a half on one core.
+1 / L - 1 / 256, as that of an Euler scheme does. Right: the loss over time: to 0 when there are enough units. A minute
+and a half on one core.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Z, Y = torch.stack([X, torch.zeros_like(X)], 1), torch.sin(2 * X)
 READOUT = torch.tensor([0.0, 1.0], dtype=torch.float64)
 DT, STEPS = 0.5, 60
 SIZES = ((2, 16), (2, 64), (2, 256), (8, 16), (8, 64), (8, 256))
-DEPTHS = (2, 4, 8, 16, 32, 64)
+DEPTHS, DEEPEST = (2, 4, 8, 16, 32, 64), 256
 LOSSES = ((1, 2), (1, 8), (2, 8), (4, 16), (8, 64))
 
 
@@ -72,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.perf_counter()
     rows = deviations(args.networks, args.seed)
-    deepest = trained(spread(256, 128), STEPS)[-1]
+    deepest = trained(spread(DEEPEST, 128), STEPS)[-1]
     depth = {n: (trained(spread(n, 128), STEPS)[-1] - deepest).square().mean().sqrt().item() for n in DEPTHS}
     losses = {}
     for layers, units in LOSSES:
@@ -89,7 +90,15 @@ def main() -> None:
             left.loglog([r[0] * r[1] for r in mine], [r[column] for r in mine], mark, color=f"C{k}", label=label)
     left.set(title="LM x squared deviation", xlabel="units LM")
     middle.loglog(list(depth), list(depth.values()), "o")
-    middle.loglog(list(depth), [2 * depth[2] / n for n in depth], color="k", linewidth=0.8, label="1 / L")
+    laws = {n: v / (1 / n - 1 / DEEPEST) for n, v in depth.items()}
+    constant = sum(laws.values()) / len(laws)
+    middle.loglog(
+        list(depth),
+        [constant * (1 / n - 1 / DEEPEST) for n in depth],
+        color="k",
+        linewidth=0.8,
+        label="c (1 / L - 1 / 256)",
+    )
     middle.set(title="deviation from 256 layers", xlabel="L")
     for name, values in losses.items():
         right.semilogy(DT * torch.arange(len(values)), values, label=name)
@@ -97,7 +106,9 @@ def main() -> None:
     for axis in (left, middle, right):
         axis.legend(fontsize=7)
     text = table(["L", "M", "LM x squared deviation, start", "trained"], rows)
-    text += "\n" + table(["L", "deviation from 256 layers", "times L"], [[n, v, n * v] for n, v in depth.items()])
+    text += "\n" + table(
+        ["L", "deviation from 256 layers", "over 1 / L - 1 / 256"], [[n, v, laws[n]] for n, v in depth.items()]
+    )
     ends = [[name, values[0].item(), values[200].item(), values[-1].item()] for name, values in losses.items()]
     text += "\n" + table(["", "loss, start", "time 100", "time 400"], ends)
     save(args, "zero_loss", text, {"deviations": rows, "depth": depth, "losses": ends}, picture, begun)

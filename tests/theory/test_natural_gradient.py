@@ -101,6 +101,17 @@ def test_bad_numbers_are_named(change):
         NaturalGradient(Small().parameters(), **change)
 
 
+def test_a_frozen_group_is_left():
+    net = Small()
+    before = net.a.requires_grad_(False).clone()
+    optimizer = NaturalGradient([{"params": [net.a]}, {"params": [net.b]}], damping=0.0)
+    losses = [optimizer.step(closure_of(net, LOSSES["squared"])).item() for _ in range(2)]
+    h, ones = torch.tanh(net.x @ net.a), torch.ones(7, 4, dtype=torch.float64)
+    best = LOSSES["squared"](h @ torch.linalg.lstsq(h, ones).solution)
+    assert torch.equal(net.a, before) and len(optimizer.solves) == 1
+    assert losses[1] == pytest.approx(best.item(), rel=1e-6) and losses[0] > losses[1]  # linear in b: one step
+
+
 def test_its_state_can_be_saved_and_scheduled():
     net = Small()
     optimizer = NaturalGradient(net.parameters(), lr=0.5)

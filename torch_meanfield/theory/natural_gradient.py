@@ -46,7 +46,7 @@ class NaturalGradient(Optimizer):
         tolerance: The residual over the gradient at which they end.
 
     Attributes:
-        solves: Of the last step, a :class:`Solve` for each group.
+        solves: Of the last step, a :class:`Solve` for each group that is not frozen.
 
     Raises:
         ValueError: A number out of its range.
@@ -101,6 +101,8 @@ class NaturalGradient(Optimizer):
         updates, solves = [], []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.requires_grad]
+            if not params:
+                continue
             grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, _grad(loss, params), strict=True)]
             if not all(bool(g.isfinite().all()) for g in grads):
                 raise ValueError("a gradient is not finite; take a smaller lr or more damping")
