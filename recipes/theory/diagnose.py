@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Why does this network not train? ``diagnose`` on three patients, 8x8 digits.
+"""Why does this network not train? ``diagnose`` on four patients.
 
     python recipes/theory/diagnose.py [--batch 64]
 
-A tanh MLP of 24 layers with torch's default initialisation, the same on the edge of chaos, and a mean-field ResNet two
-of whose particles have nearly met. The tables go to standard output and the Markdown file, the first patient's picture
-to the PNG. Seconds.
+A tanh MLP of 24 layers with torch's default initialisation, the same on the edge of chaos, a mean-field ResNet two
+of whose particles have nearly met, and a trained residual MLP whose blocks were mixed up. The tables go to standard
+output and the Markdown file, the first patient's picture to the PNG. Seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from recipes.theory.deep import Teacher, deep_stack, train_
+from recipes.theory.order import mixed
 from recipes.theory.report import arguments, save
 from recipes.theory.stacks import digits
 from torch_meanfield import MeanFieldResNet
@@ -61,16 +63,21 @@ def main() -> None:
     begun = time.perf_counter()
     batch = digits(args.batch), torch.from_numpy(load_digits().target[: args.batch])
     texts, results, picture = [], {}, None
+    teacher, fallen = Teacher(args.seed), deep_stack(12, args.seed)
+    train_(fallen, teacher, 150)
+    regression = teacher.batch(256)
     for name, make in (
         ("tanh MLP, torch's default", mlp),
         ("tanh MLP, edge of chaos", lambda: to_the_edge_(mlp())),
         ("mean-field ResNet", resnet),
+        ("residual MLP, blocks mixed up", lambda: mixed(fallen, "random", args.seed)),
     ):
         torch.manual_seed(args.seed)
-        found = diagnose(make(), batch)
+        found = diagnose(make(), regression if "residual" in name else batch)
         texts.append(f"## {name}\n\n```\n{found}\n```\n")
         inner = [a for a in found.layers[1:-1] if a.kind == "Linear"]
         results[name] = {"findings": [str(f) for f in found.findings], "eigenvalues": found.kernel.eigenvalues.tolist()}
+        results[name]["particles"] = [vars(p) for p in found.particles]
         if inner:
             rate = (inner[0].gradient / inner[-1].gradient) ** (2 / (len(inner) - 1))
             chi = torch.tensor([a.chi for a in inner[:-1]]).log().mean().exp().item()

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
+from recipes.theory.deep import Teacher, deep_stack, train_
+from recipes.theory.order import mixed
 from recipes.theory.stacks import digits
 from torch_meanfield import MeanFieldResNet, MeanFieldSequential
 from torch_meanfield.theory import critical, diagnose
+from torch_meanfield.theory.diagnosis.kernel import kernel_of
 from torch_meanfield.theory.ntk import empirical_ntk
 from torch_meanfield.theory.signal import length_map
 
@@ -245,3 +248,92 @@ def test_losses_by_the_kind_of_target():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_each_block_is_worth_and_each_exchange_costs():
+    layer, teacher = deep_stack(6, 0), Teacher(0)
+    train_(layer, teacher, 60, size=64)
+    x, y = teacher.batch(256)
+    (stack,) = diagnose(layer, (x, y), kernel_samples=0).particles
+
+    def loss(order):
+        h = x
+        for i in order:
+            h = h + layer[i](h)
+        return F.mse_loss(h, y).item()
+
+    with torch.no_grad():
+        before, n = loss(range(6)), range(6)
+        removed = [loss([i for i in n if i != k]) - before for k in n]
+        exchanged = [loss([*n[:k], k + 1, k, *n[k + 2 :]]) - before for k in range(5)]
+        h, way = x, 0.0
+        for block in layer:
+            way += (block(h).norm() / h.norm()).item()
+            h = h + block(h)
+    assert stack.removal == pytest.approx(removed, rel=1e-6)
+    assert stack.effective_horizon == pytest.approx(way, rel=1e-6)
+    error = (torch.tensor(stack.exchange) - torch.tensor(exchanged)).norm() / torch.tensor(exchanged).norm()
+    assert error < 0.25  # four probes, and the third order
+
+
+def test_blocks_that_do_nothing_and_blocks_in_a_wrong_order_are_named():
+    layer, teacher = deep_stack(6, 0), Teacher(0)
+    train_(layer, teacher, 60, size=64)
+    wrong = diagnose(mixed(layer, "random", 1), teacher.batch(256), kernel_samples=0)
+    assert "theory.recover_order_ many" in texts(wrong)
+    with torch.no_grad():
+        layer[2].v.zero_()
+    silent = texts(diagnose(layer, teacher.batch(256), kernel_samples=0))
+    assert "1 of 6 blocks can be left out" in silent and "(block 2: +0); if the network is trained" in silent
+    for branch in layer:
+        with torch.no_grad():
+            branch.v.mul_(1e-3)
+    assert "blocks together change the stream by" in texts(diagnose(layer, teacher.batch(256), kernel_samples=0))
+
+
+def test_dormant_units_are_named():
+    net = mlp(3, 40, nn.ReLU, sigma_w=2**0.5)
+    with torch.no_grad():
+        net[3].weight[:10] *= 1e-4
+        net[3].bias[:10] = 0.1
+    found = diagnose(net, (IMAGES, LABELS), kernel_samples=0)
+    spread = net[:5](IMAGES).detach().std(0, correction=0)
+    share = (spread <= 0.025 * spread.mean()).float().mean().item()
+    assert share >= 0.25 and found.layers[1].dormant == pytest.approx(share) and found.layers[1].dead < 0.1
+    assert f"3: {100 * share:.0f} % of the units are dormant or nearly so" in texts(found)
+
+
+def test_a_stack_that_runs_twice_or_not_at_all_has_steps_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = (MeanFieldSequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+
+        def forward(self, x):
+            return self.used(self.used(x))
+
+    used, idle = diagnose(Twice(), torch.randn(8, 4)).particles
+    assert len(used.steps) == len(idle.steps) == 2 and used.removal == idle.removal == ()
+
+
+def test_running_statistics_and_the_kernel_do_not_see_the_passes_without_a_block():
+    torch.manual_seed(0)
+    model = MeanFieldResNet(14, in_chans=1)
+    one = diagnose(model, (IMAGES, LABELS)).kernel.eigenvalues
+    trained = copy.deepcopy(model)
+    trained(IMAGES)
+    k = kernel_of(trained, IMAGES[:8], torch.empty(24, 10), 2 << 30).eigenvalues
+    torch.testing.assert_close(one, k, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.float16)])
+def test_neither_the_default_device_nor_the_default_dtype_matters(device, dtype):
+    torch.manual_seed(0)
+    model = MeanFieldResNet(14, in_chans=1)
+    expected = str(diagnose(model, (IMAGES, LABELS)))
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            assert str(diagnose(model, (IMAGES, LABELS))) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+from torch_meanfield.theory.diagnosis.advise_on_blocks import advise_on_blocks
 from torch_meanfield.theory.diagnosis.parts import SKIP, Finding, Kernel, Layer, Particles
 
 # Where a number begins to stand out. A factor of 30 in gradient norms between neighbours of a classifier is common.
@@ -29,8 +30,10 @@ def advise(layers: Sequence[Layer], particles: Sequence[Particles], kernel: Kern
         *_correlations(layers),
         *_asleep(layers),
         *_dead(layers),
+        *_dormant(layers),
         *_potentials(layers),
         *_steps(particles),
+        *advise_on_blocks(particles, loss),
         *_kernel(kernel),
     ]
 
@@ -153,6 +156,17 @@ def _dead(layers: Sequence[Layer]) -> Iterator[Finding]:
             f"{worst.name}" + (f" and {len(dead) - 1} more" if len(dead) > 1 else ""),
             f"{100 * worst.dead:.0f} % of the units answer all inputs alike and learn nothing; wrap the optimizer in "
             f"BirthDeathOptimizer, which revives them, or lower the learning rate or the biases.",
+        )
+
+
+def _dormant(layers: Sequence[Layer]) -> Iterator[Finding]:
+    dormant = [layer for layer in layers if layer.dormant > DEAD >= layer.dead]
+    if dormant:
+        worst = max(dormant, key=lambda a: a.dormant)
+        yield Finding(
+            f"{worst.name}" + (f" and {len(dormant) - 1} more" if len(dormant) > 1 else ""),
+            f"{100 * worst.dormant:.0f} % of the units are dormant or nearly so, they change with the input by less "
+            f"than 2.5 % of what the others do; BirthDeathOptimizer replaces those that no longer reach anything.",
         )
 
 

@@ -37,7 +37,7 @@ def kernel_of(model: nn.Module, x: Tensor, output: Tensor, max_bytes: int) -> Ke
         max_bytes: See :func:`.empirical_ntk`.
     """
     direction = torch.randn(output[0].numel(), generator=torch.Generator().manual_seed(0), device="cpu").to(output)
-    empty = torch.empty(0, dtype=torch.float64)
+    empty = torch.empty(0, dtype=torch.float64, device="cpu")
     try:
         kernel: Any = empirical_ntk(
             _Projected(model, direction / direction.norm()), x, reduce="trace", max_bytes=max_bytes

@@ -23,6 +23,8 @@ class Layer:
         activation: Name of the activation behind it, ``""`` if none was seen before the next layer.
         norm: Name of the normalisation between, or ``""``.
         dead: Share of the units behind that activation with one and the same output for every input and position.
+        dormant: Share of them whose output hardly changes: its deviation over inputs and positions is below 2.5 % of
+            the layer's mean one. The dead are among them.
         chi: Predicted factor on squared gradient norms, going back through one such layer and what follows it, in a
             stack of such layers without skip connections.
         depth_scale: Predicted depth, in such layers, over which squared gradients, or (without normalisation)
@@ -42,6 +44,7 @@ class Layer:
     activation: str = ""
     norm: str = ""
     dead: float = float("nan")
+    dormant: float = float("nan")
     chi: float = float("nan")
     depth_scale: float = float("nan")
     critical_gain: float = float("nan")
@@ -51,11 +54,25 @@ class Layer:
 
 @dataclass(frozen=True)
 class Particles:
-    """One mean-field stack: ``horizon`` the last tau, ``steps`` the n step sizes, ``name`` the module's."""
+    """One mean-field stack. What could not be measured is empty or ``nan``, as of a stack that runs twice in a pass.
+
+    Attributes:
+        name: The module's.
+        horizon: The last tau.
+        steps: The n step sizes.
+        removal: What the loss on the batch changes by without each block, measured.
+        exchange: What it would change by if neighbours l and l + 1 changed places, ``n - 1`` predicted prices: see
+            :func:`.exchange_prices`, of second order for cross entropy and squared error.
+        effective_horizon: The way that the blocks take the stream, in its own lengths: the sum over blocks of the root
+            mean square of what they add over that of what they read. 0 is no depth at all.
+    """
 
     name: str
     horizon: float
     steps: tuple[float, ...]
+    removal: tuple[float, ...] = ()
+    exchange: tuple[float, ...] = ()
+    effective_horizon: float = float("nan")
 
 
 @dataclass(frozen=True, eq=False)

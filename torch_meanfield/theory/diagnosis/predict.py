@@ -31,6 +31,12 @@ def predict(traces: Sequence[Trace]) -> list[Prediction]:
     for i, trace in enumerate(traces):
         if not trace.skip and trace.function is not None and _deviations(trace.module) is not None:
             groups.setdefault(trace.activation, []).append(i)
+    with torch.device("cpu"):  # whatever the default device
+        _fill(out, groups, traces)
+    return out
+
+
+def _fill(out: list[Prediction], groups: dict[str, list[int]], traces: Sequence[Trace]) -> None:
     for indices in groups.values():
         try:
             phi = elementwise(_first(traces[indices[0]]))
@@ -42,7 +48,6 @@ def predict(traces: Sequence[Trace]) -> list[Prediction]:
             out[i] = p
         for i, p in zip(normed, _normed(phi, [traces[i] for i in normed]), strict=True):
             out[i] = p
-    return out
 
 
 def _first(trace: Trace) -> Activation:

@@ -18,6 +18,7 @@ ACTIVATIONS = frozenset(
     "silu softplus softsign tanh threshold".split()
 )
 NORMS = frozenset("batch_norm group_norm instance_norm layer_norm rms_norm".split())
+DORMANT = 0.025  # of the layer's mean deviation; Sokar et al. 2023 use this share of the mean absolute activation
 
 
 @dataclass(eq=False)
@@ -33,6 +34,7 @@ class Trace:
         function: That activation as a callable of one tensor.
         read: Mean square of what the activation read.
         dead: Share of its units whose output is the same everywhere.
+        dormant: Share of its units whose output hardly changes, the dead among them.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Trace:
     read: Tensor | None = None
     skip: bool = False
     dead: Tensor | None = None
+    dormant: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -109,7 +112,7 @@ class Recorder:
                 trace.activation = name
                 if not any(isinstance(v, Tensor) for v in (*rest, *options.values())):
                     trace.function = lambda u: func(u, *rest, **options)
-                trace.dead = self._dead(call.result)
+                trace.dead, trace.dormant = self._silent(call.result)
                 self.pending = None
 
     def _joins(self, call: Call) -> bool:
@@ -133,14 +136,20 @@ class Recorder:
             squares = q * x.numel()
             return q, (total - squares) / (n - 1) / squares
 
-    def _dead(self, x: Tensor) -> Tensor | None:
-        """Units are channels of feature maps (dimension 1 of 4 or 5) and entries of the last dimension elsewhere."""
+    def _silent(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The dead share and the dormant one.
+
+        Units are channels of feature maps (dimension 1 of 4 or 5) and entries of the last dimension elsewhere.
+        """
         if x.ndim < 2 or x.shape[0] != self.batch:
-            return None
+            return None, None
         unit = 1 if x.ndim in (4, 5) and x.shape[-1] != x.shape[1] else x.ndim - 1
         unit = 1 if x.ndim in (4, 5) and _channels_first(self.traces[-1].module) else unit
         others = [d for d in range(x.ndim) if d != unit]
-        return (x.detach().amax(others) == x.detach().amin(others)).float().mean()
+        x = x.detach()
+        dead = x.amax(others) == x.amin(others)
+        spread = x.to(_wide(x)).std(others, correction=0)
+        return dead.float().mean(), (dead | (spread <= DORMANT * spread.mean())).float().mean()
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -43,6 +43,7 @@ class Diagnosis:
         for p in self.particles:
             low, high = min(p.steps), max(p.steps)
             lines.append(f"{p.name}: {len(p.steps)} particles, horizon {p.horizon:.3g}, steps {low:.3g} to {high:.3g}")
+            lines += _blocks(p)
         k = self.kernel
         if k.skipped:
             lines.append(f"tangent kernel: not computed, {k.skipped}")
@@ -68,7 +69,31 @@ class Diagnosis:
         return draw(title, self.layers, self.particles, self.kernel, self.findings)
 
 
-_COLUMNS = ("layer", "kind", "q", "corr", "gradient", "d weight", "then", "dead %", "chi", "depth", "spread V")
+def _blocks(p: Particles) -> list[str]:
+    """What was measured of a stack's blocks, two numbers a line."""
+    lines = []
+    if p.effective_horizon == p.effective_horizon:
+        lines.append(f"    effective horizon {p.effective_horizon:.3g}")
+    for what, values in (("loss without a block", p.removal), ("price of an exchange", p.exchange)):
+        if values:
+            lines.append(f"    {what}: {min(values):+.2g} (place {values.index(min(values))}) to {max(values):+.2g}")
+    return lines
+
+
+_COLUMNS = (
+    "layer",
+    "kind",
+    "q",
+    "corr",
+    "gradient",
+    "d weight",
+    "then",
+    "dead %",
+    "dormant %",
+    "chi",
+    "depth",
+    "spread V",
+)
 
 
 def _table(layers: tuple[Layer, ...]) -> list[str]:
@@ -85,7 +110,7 @@ def _table(layers: tuple[Layer, ...]) -> list[str]:
 
 def _row(a: Layer) -> tuple[str, ...]:
     then = " ".join(part for part in (a.norm, a.activation) if part)
-    dead = "" if a.dead != a.dead else f"{100 * a.dead:.0f}"
+    dead, dormant = ("" if v != v else f"{100 * v:.0f}" for v in (a.dead, a.dormant))
     numbers = (a.q, a.correlation, a.gradient, a.weight_gradient)
     return (
         a.name,
@@ -93,6 +118,7 @@ def _row(a: Layer) -> tuple[str, ...]:
         *map(_number, numbers),
         then,
         dead,
+        dormant,
         *map(_number, (a.chi, a.depth_scale, a.potential_spread)),
     )
 

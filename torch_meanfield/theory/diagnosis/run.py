@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_meanfield.depth import MeanFieldSequential
 from torch_meanfield.observe import private_copy, tensors_in, undisturbed
 from torch_meanfield.theory.diagnosis.advise import advise
+from torch_meanfield.theory.diagnosis.blocks import measured, watching
 from torch_meanfield.theory.diagnosis.kernel import kernel_of
-from torch_meanfield.theory.diagnosis.parts import SKIP, Kernel, Layer, Particles
+from torch_meanfield.theory.diagnosis.parts import SKIP, Kernel, Layer
 from torch_meanfield.theory.diagnosis.predict import Prediction, predict
 from torch_meanfield.theory.diagnosis.record import Recorder, Trace, layers_of
 from torch_meanfield.theory.diagnosis.report import Diagnosis
@@ -33,10 +33,11 @@ def diagnose(
 ) -> Diagnosis:
     """What mean-field theory sees in a network on one batch: why it trains, or why it does not.
 
-    One forward and backward pass in the mode the model is in, and the tangent kernel on a few inputs in ``eval()``.
-    Measured in every layer: length q, correlation, gradients, dead units, potentials. Predicted from the layer's own
-    weights, its activation and norm: chi, what a stack of such layers would do to gradients, and over which depth. See
-    :class:`Layer` for all columns.
+    One forward and backward pass in the mode the model is in, the tangent kernel on a few inputs in ``eval()``, and of
+    mean-field stacks one forward pass without each block and a few adjoint ones for the price of each exchange.
+    Measured in every layer: length q, correlation, gradients, dead and dormant units, potentials. Predicted from the
+    layer's own weights, its activation and norm: chi, what a stack of such layers would do to gradients, and over which
+    depth. See :class:`Layer` and :class:`Particles` for all columns.
 
     All work is done on a private copy: the model keeps its parameters, buffers, gradients, mode, hooks and (with it
     the process) its random state.
@@ -74,21 +75,26 @@ def diagnose(
     with undisturbed(), torch.enable_grad():
         recorder = Recorder(copy, len(x))
         source = x.detach().clone().requires_grad_() if x.is_floating_point() else x
-        with recorder.watching():
+        with recorder.watching(), watching(copy) as stacks:
             output = copy(source.clone() if source.requires_grad else source)
         value, name = _loss(output, target, loss)
         if not value.requires_grad:
             raise ValueError("the loss does not depend on any parameter that requires a gradient")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward(retain_graph=bool(stacks))  # type: ignore[no-untyped-call]
         traces = recorder.traces
         layers = [_layer(t, p) for t, p in zip(traces, predict(traces), strict=True)]
-        stacks = tuple(_particles(n or type(m).__name__, m) for n, m in copy.named_modules() if _is_stack(m))
+        buffers = [(b, b.clone()) for b in copy.buffers()]
+        particles = measured(stacks, value, _first(output), name, lambda: _again(copy, x, target, loss))
+        for buffer, before in buffers:  # running statistics, into which passes without a block went
+            buffer.data.copy_(before)
         copy.zero_grad(set_to_none=True)
-        kernel = Kernel(0, torch.empty(0, dtype=torch.float64), "kernel_samples=0")
+        kernel = Kernel(0, torch.empty(0, dtype=torch.float64, device="cpu"), "kernel_samples=0")
         if kernel_samples:
             kernel = kernel_of(copy, x[:kernel_samples], _first(output).detach(), kernel_bytes)
-    findings = advise(layers, stacks, kernel, value.item())
-    return Diagnosis(type(model).__name__, len(x), value.item(), name, tuple(layers), stacks, kernel, tuple(findings))
+    findings = advise(layers, particles, kernel, value.item())
+    return Diagnosis(
+        type(model).__name__, len(x), value.item(), name, tuple(layers), particles, kernel, tuple(findings)
+    )
 
 
 def _checked(model: Any, batch: Any, loss: Any, kernel_samples: Any) -> tuple[Tensor, Tensor | None]:
@@ -162,6 +168,7 @@ def _layer(trace: Trace, predicted: Prediction) -> Layer:
         trace.activation,
         trace.norm,
         math.nan if trace.dead is None else trace.dead.item(),
+        math.nan if trace.dormant is None else trace.dormant.item(),
         predicted.chi,
         predicted.depth_scale,
         predicted.critical_gain,
@@ -183,10 +190,7 @@ def _potentials(module: nn.Module) -> tuple[float, float]:
     return len(v) * deviation, extreme
 
 
-def _is_stack(module: nn.Module) -> bool:
-    return isinstance(module, MeanFieldSequential)
-
-
-def _particles(name: str, module: Any) -> Particles:
-    steps = module.steps().detach().double()
-    return Particles(name, steps.sum().item(), tuple(steps.tolist()))
+def _again(copy: nn.Module, x: Tensor, target: Tensor | None, loss: Loss | None) -> Tensor:
+    """The loss of another forward pass from the random state of the first."""
+    with undisturbed():
+        return _loss(copy(x.detach().clone()), target, loss)[0]
