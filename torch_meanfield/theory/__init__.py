@@ -29,6 +29,10 @@ from torch_meanfield.theory.isometry import delta_orthogonal_ as delta_orthogona
 from torch_meanfield.theory.isometry import edge_at as edge_at
 from torch_meanfield.theory.isometry import jacobian_moments as jacobian_moments
 from torch_meanfield.theory.isometry import jacobian_spectrum as jacobian_spectrum
+from torch_meanfield.theory.kinetic import fit_linear as fit_linear
+from torch_meanfield.theory.kinetic import fokker_planck as fokker_planck
+from torch_meanfield.theory.kinetic import linear_moments as linear_moments
+from torch_meanfield.theory.kinetic import steady_state as steady_state
 from torch_meanfield.theory.langevin import MeanFieldLangevin as MeanFieldLangevin
 from torch_meanfield.theory.linearised import LinearisedTraining as LinearisedTraining
 from torch_meanfield.theory.linearised import linear_rate_bound as linear_rate_bound
