@@ -10,6 +10,8 @@ from torch_meanfield.theory.batch_norm import batch_norm_gradient_growth as batc
 from torch_meanfield.theory.diagnosis import Diagnosis as Diagnosis
 from torch_meanfield.theory.diagnosis import diagnose as diagnose
 from torch_meanfield.theory.dual_averaging import ParticleDualAveraging as ParticleDualAveraging
+from torch_meanfield.theory.dynamical import Dynamics as Dynamics
+from torch_meanfield.theory.dynamical import dynamical_mean_field as dynamical_mean_field
 from torch_meanfield.theory.elliptic import BoundaryNet as BoundaryNet
 from torch_meanfield.theory.elliptic import Collocation as Collocation
 from torch_meanfield.theory.elliptic import EllipticOperator as EllipticOperator
@@ -34,6 +36,10 @@ from torch_meanfield.theory.kinetic import fokker_planck as fokker_planck
 from torch_meanfield.theory.kinetic import linear_moments as linear_moments
 from torch_meanfield.theory.kinetic import steady_state as steady_state
 from torch_meanfield.theory.langevin import MeanFieldLangevin as MeanFieldLangevin
+from torch_meanfield.theory.latents import Latents as Latents
+from torch_meanfield.theory.latents import gaussian_mixture as gaussian_mixture
+from torch_meanfield.theory.latents import mixture_error as mixture_error
+from torch_meanfield.theory.latents import teacher_student as teacher_student
 from torch_meanfield.theory.linearised import LinearisedTraining as LinearisedTraining
 from torch_meanfield.theory.linearised import linear_rate_bound as linear_rate_bound
 from torch_meanfield.theory.measures import implicit_euler_step as implicit_euler_step
