@@ -7,6 +7,9 @@ How particles are moved is not known here, and no other room imports this one.
 from torch_meanfield.theory.arc_cosine import inner_kernel as inner_kernel
 from torch_meanfield.theory.arc_cosine import outer_kernel as outer_kernel
 from torch_meanfield.theory.batch_norm import batch_norm_gradient_growth as batch_norm_gradient_growth
+from torch_meanfield.theory.decisions import Decisions as Decisions
+from torch_meanfield.theory.decisions import soft_optimum as soft_optimum
+from torch_meanfield.theory.decisions import soft_worth as soft_worth
 from torch_meanfield.theory.diagnosis import Diagnosis as Diagnosis
 from torch_meanfield.theory.diagnosis import diagnose as diagnose
 from torch_meanfield.theory.dual_averaging import ParticleDualAveraging as ParticleDualAveraging
@@ -54,6 +57,9 @@ from torch_meanfield.theory.phase import Critical as Critical
 from torch_meanfield.theory.phase import Phase as Phase
 from torch_meanfield.theory.phase import critical as critical
 from torch_meanfield.theory.phase import phase as phase
+from torch_meanfield.theory.policy import GibbsLaw as GibbsLaw
+from torch_meanfield.theory.policy import first_variation as first_variation
+from torch_meanfield.theory.policy import gibbs_law as gibbs_law
 from torch_meanfield.theory.quantised import Quantised as Quantised
 from torch_meanfield.theory.quantised import QuantisedEdge as QuantisedEdge
 from torch_meanfield.theory.quantised import quantised_depth_scale as quantised_depth_scale
