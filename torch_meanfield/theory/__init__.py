@@ -64,6 +64,10 @@ from torch_meanfield.theory.quantised import Quantised as Quantised
 from torch_meanfield.theory.quantised import QuantisedEdge as QuantisedEdge
 from torch_meanfield.theory.quantised import quantised_depth_scale as quantised_depth_scale
 from torch_meanfield.theory.quantised import quantised_edge as quantised_edge
+from torch_meanfield.theory.replica import FeatureMoments as FeatureMoments
+from torch_meanfield.theory.replica import Generalisation as Generalisation
+from torch_meanfield.theory.replica import random_feature_moments as random_feature_moments
+from torch_meanfield.theory.replica import ridge_generalisation as ridge_generalisation
 from torch_meanfield.theory.residual import ResidualPropagation as ResidualPropagation
 from torch_meanfield.theory.residual import normalized_residual_propagation as normalized_residual_propagation
 from torch_meanfield.theory.residual import residual_propagation as residual_propagation

@@ -91,7 +91,7 @@ def soft_worth(decisions: Decisions, logits: Tensor, temperature: float) -> Wort
     Raises:
         ValueError: A problem that is none (:meth:`Decisions.checked`), logits of another shape, a negative temperature.
 
-    Source: Kerimkulov, Leahy, Šiška, Szpruch 2022 (arXiv:2201.07296), the entropy-regularised value, occupancy measure
+    Source: Kerimkulov, Leahy, Siska, Szpruch 2022 (arXiv:2201.07296), the entropy-regularised value, occupancy measure
     and the policy gradient's advantage.
     """
     decisions.checked()
@@ -118,7 +118,7 @@ def soft_optimum(decisions: Decisions, temperature: float) -> Tensor:
     Raises:
         ValueError: As :func:`soft_worth`, or a temperature of 0.
 
-    Source: Kerimkulov, Leahy, Šiška, Szpruch 2022, the Gibbs form of the maximiser; Geist, Scherrer, Pietquin 2019 for
+    Source: Kerimkulov, Leahy, Siska, Szpruch 2022, the Gibbs form of the maximiser; Geist, Scherrer, Pietquin 2019 for
     the iteration.
     """
     _check_temperature(temperature, least=0.0)

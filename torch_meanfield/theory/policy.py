@@ -10,7 +10,7 @@ by noisy gradient ascent,
 .. math:: d\theta = \nabla \frac{\delta J}{\delta\nu}\,dt - \frac{\sigma^2\kappa}2 \theta\,dt + \sigma\,dW,
 
 which is :class:`~torch_meanfield.theory.langevin.MeanFieldLangevin` with the loss -J, temperature
-:math:`\sigma^2/2` and weight decay :math:`\sigma^2\kappa/2`. Source: Kerimkulov, Leahy, Šiška, Szpruch 2022
+:math:`\sigma^2/2` and weight decay :math:`\sigma^2\kappa/2`. Source: Kerimkulov, Leahy, Siska, Szpruch 2022
 (arXiv:2201.07296).
 """
 
@@ -60,7 +60,7 @@ def first_variation(decisions: Decisions, logits: Tensor, features: Tensor, temp
     Raises:
         ValueError: As :func:`~torch_meanfield.theory.decisions.soft_worth`; features of another shape.
 
-    Source: Kerimkulov, Leahy, Šiška, Szpruch 2022, the functional derivative of the value.
+    Source: Kerimkulov, Leahy, Siska, Szpruch 2022, the functional derivative of the value.
     """
     worth = soft_worth(decisions, logits, temperature)
     if features.shape[:-1] != logits.shape:
@@ -101,7 +101,7 @@ def gibbs_law(
         ValueError: As :func:`first_variation`, or a number out of its range.
         RuntimeError: No fixed point within ``max_iterations``.
 
-    Source: Kerimkulov, Leahy, Šiška, Szpruch 2022, the fixed point that characterises maximisers.
+    Source: Kerimkulov, Leahy, Siska, Szpruch 2022, the fixed point that characterises maximisers.
     """
     if not (math.isfinite(noise) and noise > 0):
         raise ValueError(f"noise must be positive and finite, got {noise!r}: without it the prior says nothing")
