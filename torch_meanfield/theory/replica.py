@@ -68,8 +68,9 @@ def ridge_generalisation(moments: FeatureMoments, samples: Tensor, ridge: float)
         {1 - \mathrm{tr}\,\Omega^2(\Omega + \kappa)^{-2} / n}, \qquad
         \epsilon_t = \Big(\frac{\lambda}{n\kappa}\Big)^2 \epsilon_g
 
-    This is the replica-symmetric saddle point without its conjugate variables; :math:`\kappa = \lambda / \hat V` with :math:`\hat V = n / (1 + V)` and :math:`V = \mathrm{tr}\,\Omega(\lambda + \hat V\Omega)^{-1}`. With many
-    samples the gap is :math:`2 p / n` times the error of the best read-out.
+    This is the replica-symmetric saddle point without its conjugate variables: :math:`\kappa = \lambda / \hat V`, with
+    :math:`\hat V = n / (1 + V)` and :math:`V = \mathrm{tr}\,\Omega(\lambda + \hat V\Omega)^{-1}`. With many samples the
+    gap is :math:`2 p / n` times the error of the best read-out.
 
     Args:
         moments: Of the features, see :func:`random_feature_moments`; or measured ones.
