@@ -38,6 +38,9 @@ from torch_meanfield.theory.kinetic import fit_linear as fit_linear
 from torch_meanfield.theory.kinetic import fokker_planck as fokker_planck
 from torch_meanfield.theory.kinetic import linear_moments as linear_moments
 from torch_meanfield.theory.kinetic import steady_state as steady_state
+from torch_meanfield.theory.knots import Knots as Knots
+from torch_meanfield.theory.knots import knots_between as knots_between
+from torch_meanfield.theory.knots import regularised_knots as regularised_knots
 from torch_meanfield.theory.langevin import MeanFieldLangevin as MeanFieldLangevin
 from torch_meanfield.theory.latents import Latents as Latents
 from torch_meanfield.theory.latents import gaussian_mixture as gaussian_mixture
