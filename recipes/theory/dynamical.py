@@ -111,6 +111,23 @@ def predict(problem: Problem, paths: int = 2**12) -> Dynamics:
     return dynamical_mean_field(problem.loss, problem.source, paths=paths, **problem.settings)
 
 
+PUBLISHED = {0.0: 0.2, 0.1: 0.4293, 0.5: 0.712, 1.0: 0.7848, 2.0: 0.812, 3.0: 0.8143}  # overlap of TEACHER over time
+
+
+def published() -> list[list[Any]]:
+    """Values given elsewhere, beside the theory's: time, overlap with the teacher; and the error of logistic regression."""
+    overlap = predict(TEACHER).overlap
+    rows: list[list[Any]] = [
+        [f"teacher: overlap at time {t:g}", value, float(overlap[round(t / TEACHER.settings["rate"])])]
+        for t, value in PUBLISHED.items()
+    ]
+    # from w = 0, steps as large as the data allow: what counts is the end
+    settings = {"ratio": 0.1674, "rate": 2.0, "steps": 120, "decay": 0.01, "norm": 0.0}
+    end = predict(Problem(gaussian_mixture(0.5), logistic, settings))
+    error = mixture_error(end.overlap[-1], end.norm[-1], 0.5)
+    return [*rows, ["logistic regression, two clusters: error at the end", 0.2478, float(error)]]
+
+
 def main() -> None:
     parser = arguments("dynamical", __doc__)
     parser.add_argument("--dim", type=int, default=1000)
@@ -152,8 +169,9 @@ def main() -> None:
         "problem",
         *(f"{what}: largest gap over its largest value, %" for what in ("overlap", "norm", "loss", "error")),
     ]
-    text = table(header, rows)
-    results = {"dim": args.dim, "seeds": args.seeds, "rows": rows, "curves": curves}
+    known = published()
+    text = table(header, rows) + "\n" + table(["value", "published", "computed"], known)
+    results = {"dim": args.dim, "seeds": args.seeds, "rows": rows, "published": known, "curves": curves}
     save(args, "dynamical", text, results, made, begun)
 
 

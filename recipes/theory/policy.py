@@ -154,6 +154,7 @@ def bandit(axes: Any, particles: int, seed: int) -> list[list[Any]]:
     times, late = dt * torch.arange(steps + 1, dtype=torch.float64), slice(900, 1200)
     rows: list[list[Any]] = [
         ["bandit, no noise: worth at the end", best, best - float(gap[-1])],
+        ["bandit, no noise: gap at the end", 0.0, float(gap[-1])],
         ["bandit, no noise: rate of the gap", policy_rate(), fitted_rate(times[late], gap[late])],
     ]
     axes[0].semilogy(times, gap, ".", markersize=2, label="network")

@@ -39,8 +39,9 @@ Draw = Callable[[int], tuple[Tensor, Tensor]]
 def frozen(d: int, p: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows of length sqrt(d) for the features, and a teacher of that length."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(p, d, generator=generator, dtype=torch.float64)
     teacher = torch.randn(d, generator=generator, dtype=torch.float64)
+    # the fewer are the first of the more, so that a curve over p is of one draw
+    rows = torch.randn(max(p, WIDTHS[-1]), d, generator=generator, dtype=torch.float64)[:p]
     return rows / rows.norm(dim=1, keepdim=True) * math.sqrt(d), teacher / teacher.norm() * math.sqrt(d)
 
 

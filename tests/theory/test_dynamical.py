@@ -8,6 +8,7 @@ import torch
 from recipes.theory.dynamical import (
     BATCHES,
     DATA,
+    PUBLISHED,
     TEACHER,
     THREE,
     TWO,
@@ -47,7 +48,7 @@ def test_least_squares_is_exact():
 def test_published_values_of_least_squares():
     """Within 0.5 %, the published ones being of sampled paths; the first step and the end also in closed form."""
     found = predict(TEACHER, 256).overlap
-    for t, value in ((0.0, 0.2), (0.1, 0.4293), (0.5, 0.712), (1.0, 0.7848), (2.0, 0.812), (3.0, 0.8143)):
+    for t, value in PUBLISHED.items():
         assert found[round(10 * t)].item() == pytest.approx(value, rel=5e-3)
     assert found[1].item() == pytest.approx(0.43, abs=1e-12)
     late = predict(TEACHER._replace(settings=TEACHER.settings | {"steps": 100}), 512).overlap[-1].item()

@@ -138,5 +138,7 @@ def test_bad_arguments():
         random_feature_moments(torch.ones(3, 2), torch.tanh, torch.ones(3))
     with pytest.raises(ValueError, match="noise is a variance"):
         random_feature_moments(torch.ones(3, 2), torch.tanh, torch.ones(2), noise=-1.0)
+    with pytest.raises(ValueError, match="is enough for 5"):
+        random_feature_moments(torch.ones(6, 2), torch.tanh, torch.ones(2), max_bytes=1000)
     with pytest.raises(ValueError, match="element-wise"):
         random_feature_moments(torch.ones(3, 2), lambda x: x.softmax(-1), torch.ones(2))

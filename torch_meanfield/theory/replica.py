@@ -104,7 +104,7 @@ def ridge_generalisation(moments: FeatureMoments, samples: Tensor, ridge: float)
 
 
 def random_feature_moments(
-    weights: Tensor, activation: Activation, teacher: Tensor, *, noise: float = 0.0
+    weights: Tensor, activation: Activation, teacher: Tensor, *, noise: float = 0.0, max_bytes: int = 2 << 30
 ) -> FeatureMoments:
     r"""The moments of :math:`v = \sigma(F x / \sqrt d)` with a linear teacher, by the Gaussian equivalence.
 
@@ -119,9 +119,11 @@ def random_feature_moments(
         activation: Element by element.
         teacher: :math:`\theta`, ``(d,)``.
         noise: Variance of the labels' noise, at least 0.
+        max_bytes: A bound for the memory, here and in :func:`ridge_generalisation`: four matrices of p x p.
 
     Raises:
-        ValueError: Shapes that do not fit, a row of zeros, a negative noise, an activation that is not element-wise.
+        ValueError: Shapes that do not fit, a row of zeros, a negative noise, an activation that is not element-wise;
+            features that would need more memory than ``max_bytes``, with the number that fits.
 
     Source: Ariosto et al. 2022, the random-feature model; Gerace, Loureiro, Krzakala, Mézard, Zdeborová 2020
     (arXiv:2002.09339).
@@ -130,6 +132,11 @@ def random_feature_moments(
         raise ValueError(f"weights must be (p, d) and teacher (d,), got {tuple(weights.shape)}, {tuple(teacher.shape)}")
     if not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise is a variance: it must be finite and at least 0, got {noise!r}")
+    if 32 * len(weights) ** 2 > max_bytes:
+        raise ValueError(
+            f"{len(weights)} features need {32 * len(weights) ** 2:,} bytes; max_bytes={max_bytes:,} is enough for "
+            f"{math.isqrt(max(max_bytes, 0) // 32)}"
+        )
     lengths = weights.double().norm(dim=1, keepdim=True)
     if not bool((lengths > 0).all()):
         raise ValueError(f"row {int((lengths == 0).nonzero()[0, 0])} of weights is zero: it has no direction")
