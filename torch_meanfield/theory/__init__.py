@@ -7,6 +7,9 @@ How particles are moved is not known here, and no other room imports this one.
 from torch_meanfield.theory.arc_cosine import inner_kernel as inner_kernel
 from torch_meanfield.theory.arc_cosine import outer_kernel as outer_kernel
 from torch_meanfield.theory.batch_norm import batch_norm_gradient_growth as batch_norm_gradient_growth
+from torch_meanfield.theory.curves import CurveGeometry as CurveGeometry
+from torch_meanfield.theory.curves import measure_curve as measure_curve
+from torch_meanfield.theory.curves import propagate_circle as propagate_circle
 from torch_meanfield.theory.diagnosis import Diagnosis as Diagnosis
 from torch_meanfield.theory.diagnosis import diagnose as diagnose
 from torch_meanfield.theory.dual_averaging import ParticleDualAveraging as ParticleDualAveraging
