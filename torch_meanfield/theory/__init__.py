@@ -51,6 +51,10 @@ from torch_meanfield.theory.quantised import Quantised as Quantised
 from torch_meanfield.theory.quantised import QuantisedEdge as QuantisedEdge
 from torch_meanfield.theory.quantised import quantised_depth_scale as quantised_depth_scale
 from torch_meanfield.theory.quantised import quantised_edge as quantised_edge
+from torch_meanfield.theory.radial import RadialProblem as RadialProblem
+from torch_meanfield.theory.radial_flow import RadialFlow as RadialFlow
+from torch_meanfield.theory.radial_flow import radial_flow as radial_flow
+from torch_meanfield.theory.radial_flow import radial_fokker_planck as radial_fokker_planck
 from torch_meanfield.theory.residual import ResidualPropagation as ResidualPropagation
 from torch_meanfield.theory.residual import normalized_residual_propagation as normalized_residual_propagation
 from torch_meanfield.theory.residual import residual_propagation as residual_propagation
