@@ -16,6 +16,8 @@ from torch_meanfield.theory.dual_averaging import ParticleDualAveraging as Parti
 from torch_meanfield.theory.elliptic import BoundaryNet as BoundaryNet
 from torch_meanfield.theory.elliptic import Collocation as Collocation
 from torch_meanfield.theory.elliptic import EllipticOperator as EllipticOperator
+from torch_meanfield.theory.field import field_kernel as field_kernel
+from torch_meanfield.theory.field import length_variance as length_variance
 from torch_meanfield.theory.fisher import FisherStatistics as FisherStatistics
 from torch_meanfield.theory.fisher import measured_fisher as measured_fisher
 from torch_meanfield.theory.fisher import predicted_fisher as predicted_fisher

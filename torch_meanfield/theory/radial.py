@@ -120,7 +120,8 @@ class RadialProblem:
         """P(z n_1 > t)."""
         c = t / z
         if self.dim is None:
-            return torch.special.ndtr(-c)
+            share: Tensor = torch.special.ndtr(-c)
+            return share
         values, h = _cap_table(self.dim)
         angle = torch.acos(c.clamp(max=1))
         cell = (angle / h).floor().clamp(max=_CELLS - 1)
