@@ -40,6 +40,11 @@ from torch_meanfield.theory.linearised import linear_rate_bound as linear_rate_b
 from torch_meanfield.theory.measures import implicit_euler_step as implicit_euler_step
 from torch_meanfield.theory.measures import kl_proximal_step as kl_proximal_step
 from torch_meanfield.theory.measures import wfr_step as wfr_step
+from torch_meanfield.theory.multilayer import Layers as Layers
+from torch_meanfield.theory.multilayer import Shares as Shares
+from torch_meanfield.theory.multilayer import layer_influences as layer_influences
+from torch_meanfield.theory.multilayer import multilayer_covariance as multilayer_covariance
+from torch_meanfield.theory.multilayer import train_layers as train_layers
 from torch_meanfield.theory.ntk import empirical_ntk as empirical_ntk
 from torch_meanfield.theory.order_parameters import Overlaps as Overlaps
 from torch_meanfield.theory.order_parameters import integrate_sgd as integrate_sgd
