@@ -10,6 +10,9 @@ from torch_meanfield.theory.batch_norm import batch_norm_gradient_growth as batc
 from torch_meanfield.theory.continuum import Trajectory as Trajectory
 from torch_meanfield.theory.continuum import functional_gradient as functional_gradient
 from torch_meanfield.theory.continuum import trajectory as trajectory
+from torch_meanfield.theory.curves import CurveGeometry as CurveGeometry
+from torch_meanfield.theory.curves import measure_curve as measure_curve
+from torch_meanfield.theory.curves import propagate_circle as propagate_circle
 from torch_meanfield.theory.decisions import Decisions as Decisions
 from torch_meanfield.theory.decisions import soft_optimum as soft_optimum
 from torch_meanfield.theory.decisions import soft_worth as soft_worth
@@ -29,6 +32,8 @@ from torch_meanfield.theory.exchange import exchange_prices as exchange_prices
 from torch_meanfield.theory.exchange import probe_loss as probe_loss
 from torch_meanfield.theory.exchange import time_velocity as time_velocity
 from torch_meanfield.theory.expansion import horizon_expansion as horizon_expansion
+from torch_meanfield.theory.field import field_kernel as field_kernel
+from torch_meanfield.theory.field import length_variance as length_variance
 from torch_meanfield.theory.fisher import FisherStatistics as FisherStatistics
 from torch_meanfield.theory.fisher import measured_fisher as measured_fisher
 from torch_meanfield.theory.fisher import predicted_fisher as predicted_fisher
@@ -62,6 +67,11 @@ from torch_meanfield.theory.linearised import linear_rate_bound as linear_rate_b
 from torch_meanfield.theory.measures import implicit_euler_step as implicit_euler_step
 from torch_meanfield.theory.measures import kl_proximal_step as kl_proximal_step
 from torch_meanfield.theory.measures import wfr_step as wfr_step
+from torch_meanfield.theory.multilayer import Layers as Layers
+from torch_meanfield.theory.multilayer import Shares as Shares
+from torch_meanfield.theory.multilayer import layer_influences as layer_influences
+from torch_meanfield.theory.multilayer import multilayer_covariance as multilayer_covariance
+from torch_meanfield.theory.multilayer import train_layers as train_layers
 from torch_meanfield.theory.natural_gradient import NaturalGradient as NaturalGradient
 from torch_meanfield.theory.ntk import empirical_ntk as empirical_ntk
 from torch_meanfield.theory.order import cheap_moves as cheap_moves
@@ -83,6 +93,10 @@ from torch_meanfield.theory.quantised import Quantised as Quantised
 from torch_meanfield.theory.quantised import QuantisedEdge as QuantisedEdge
 from torch_meanfield.theory.quantised import quantised_depth_scale as quantised_depth_scale
 from torch_meanfield.theory.quantised import quantised_edge as quantised_edge
+from torch_meanfield.theory.radial import RadialProblem as RadialProblem
+from torch_meanfield.theory.radial_flow import RadialFlow as RadialFlow
+from torch_meanfield.theory.radial_flow import radial_flow as radial_flow
+from torch_meanfield.theory.radial_flow import radial_fokker_planck as radial_fokker_planck
 from torch_meanfield.theory.replica import FeatureMoments as FeatureMoments
 from torch_meanfield.theory.replica import Generalisation as Generalisation
 from torch_meanfield.theory.replica import random_feature_moments as random_feature_moments
