@@ -124,6 +124,47 @@ class ContinualBackprop(Method):
                 self.utility[i, units] = self.age[i, units] = 0
 
 
+class SelfNormalisedResets(Method):
+    """A unit goes when a silence is longer than all but a few of its own (Farias and Jozefiak 2025, arXiv:2410.20098).
+
+    Silences that ended are counted by their length, in steps. Every so often a unit's threshold falls to a percentile
+    of its own silences, or doubles where that is not shorter, and the count begins anew, as in the authors' code.
+    """
+
+    PERCENTILE, UPDATE, FIRST, LONGEST = 0.95, 300, 20, 1000
+
+    def __init__(self, model: Mlp, optimizer: Optimizer, generator: torch.Generator) -> None:
+        super().__init__(model, optimizer, generator)
+        n = model.layers[0].out_features
+        self.silent = torch.zeros(2, n, dtype=torch.long)
+        self.ended = torch.zeros(2, n, self.LONGEST + 1)
+        self.threshold = torch.full((2, n), self.FIRST)
+
+    @torch.no_grad()
+    def act(self) -> None:
+        self.steps += 1
+        fires = torch.stack([(hidden.values > 0).any(0) for hidden in self.model.hidden()])
+        self._count(fires & (self.silent > 0))
+        self.silent = torch.where(fires, 0, self.silent + 1)
+        due = self.silent >= self.threshold
+        if due.any():
+            self._count(due)
+            self.silent[due] = 0
+            for hidden, units in zip(self.model.hidden(), due, strict=True):
+                if units.any():
+                    self.reinitialise_(hidden, units.nonzero().flatten())
+        if self.steps % self.UPDATE == 0:
+            share = self.ended.cumsum(2) / self.ended.sum(2, keepdim=True)  # nan where none ended: then at once
+            percentile = (share >= self.PERCENTILE).long().argmax(2)
+            shorter = percentile < self.threshold
+            self.threshold = torch.where(shorter, percentile, 2 * self.threshold).clamp(1, self.LONGEST)
+            self.ended.zero_()
+
+    def _count(self, units: Tensor) -> None:
+        layer, unit = units.nonzero(as_tuple=True)
+        self.ended[layer, unit, self.silent[layer, unit].clamp_max(self.LONGEST)] += 1
+
+
 class Upgd(Optimizer):
     """Utility-based perturbed gradient descent (Elsayed and Mahmood 2024, arXiv:2404.00781), first-order, global.
 

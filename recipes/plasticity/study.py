@@ -21,7 +21,7 @@ from tqdm import tqdm
 from recipes.errors import BadInput, leave
 from recipes.images.sources import open_source
 from recipes.plasticity.network import Mlp, silent_share
-from recipes.plasticity.peers import ContinualBackprop, L2Init, Method, ReDo, ShrinkPerturb, Upgd
+from recipes.plasticity.peers import ContinualBackprop, L2Init, Method, ReDo, SelfNormalisedResets, ShrinkPerturb, Upgd
 from recipes.plasticity.streams import STREAMS, Stream, inputs
 from recipes.record import DIGITS, provenance, write_json
 from torch_meanfield import BirthDeathOptimizer
@@ -52,6 +52,7 @@ SETTINGS = {
         Setting("layer norm", norm=True),
         Setting("SGD", optimizer="sgd"),
         Setting("GELU", activation="gelu"),
+        Setting("tanh", activation="tanh"),
     )
 }
 PEERS: dict[str, type[Method]] = {
@@ -60,6 +61,7 @@ PEERS: dict[str, type[Method]] = {
     "shrink and perturb": ShrinkPerturb,
     "continual backprop": ContinualBackprop,
     "ReDo": ReDo,
+    "self-normalised resets": SelfNormalisedResets,
 }
 OURS: dict[str, dict[str, Any]] = {"library, default": {}, "library, plastic": {"scheme": "plastic"}}
 METHODS = (*PEERS, "UPGD", *OURS)

@@ -9,7 +9,7 @@ from torch import nn
 
 from recipes.plasticity import study
 from recipes.plasticity.network import Mlp, silent_share
-from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, ShrinkPerturb, Upgd
+from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, SelfNormalisedResets, ShrinkPerturb, Upgd
 from recipes.plasticity.streams import Stream
 
 
@@ -103,6 +103,30 @@ def test_continual_backprop_replaces_at_its_rate():
     most = 2 * 16 * Counting.RATE * (steps - Counting.MATURITY)
     assert 0.6 * most < sum(replaced) <= most + 2
     assert (method.age <= steps).all() and (method.age < steps).any()
+
+
+def test_self_normalised_resets_learn_each_units_usual_silence(monkeypatch):
+    """Unit 0 always fires, unit 1 every third step, unit 2 every tenth; later all fall silent for good."""
+    _, _, method = trained(SelfNormalisedResets)
+    went = []
+    monkeypatch.setattr(method, "reinitialise_", lambda hidden, units: went.append((method.steps, units.tolist())))
+    method.steps = 0
+    method.silent.zero_(), method.ended.zero_()
+    hidden = method.model.hidden()
+    for step in range(2 * method.UPDATE):
+        for layer in hidden:
+            layer.values = torch.ones(1, 16)
+            if step < method.UPDATE:
+                layer.values[:, 1], layer.values[:, 2] = float(step % 3 == 0), float(step % 10 == 0)
+            else:
+                layer.values[:, :3] = 0
+        monkeypatch.setattr(method.model, "hidden", lambda: hidden)
+        method.act()
+        if step == method.UPDATE - 1:
+            assert method.threshold[:, :4].tolist() == [[1, 2, 9, 1]] * 2 and not went
+    first = {unit: next(steps for steps, units in went if unit in units) for unit in range(3)}
+    # the last silences began before the change: units 1 and 2 had fired last 2 and 9 steps earlier
+    assert first == {0: method.UPDATE + 1, 1: method.UPDATE + 1, 2: method.UPDATE + 1}
 
 
 def test_shrinking_shrinks():

@@ -24,6 +24,7 @@ class Evidence:
         square: averaged squares of the potentials.
         quiet: the number of steps in a row at which the potential was exactly 0.
         age: the number of steps over which the unit has been watched.
+        fired: the number of those at which the potential was not 0.
         window: length of the averages in steps.
         batch_size: samples of which a step's gradient is the mean, over all ranks; ``None`` if it is not known.
         elapsed: sum of the learning rates since the last event, for schemes that keep time.
@@ -33,6 +34,7 @@ class Evidence:
     square: Tensor
     quiet: Tensor
     age: Tensor
+    fired: Tensor
     window: float
     batch_size: float | None = None
     elapsed: Tensor | float = 0.0
