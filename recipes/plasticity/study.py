@@ -69,7 +69,7 @@ METHODS = (*PEERS, "UPGD", *OURS)
 
 @dataclass
 class Run:
-    """One training: its score at every task, and at the end how many units are silent and how many were born."""
+    """One training: its score at every task, at the end how many units are silent and were born, and of what code."""
 
     setting: str
     method: str
@@ -79,6 +79,7 @@ class Run:
     curve: list[float] = field(default_factory=list)
     silent: float = 0.0
     births: int = 0
+    commit: str | None = None
 
 
 def train(stream: Stream, setting: Setting, method: str, seed: int, images: tuple[Tensor, Tensor]) -> Run:
@@ -149,6 +150,16 @@ def table(runs: Sequence[Run], name: str) -> str:
                 f"{born} | {' | '.join(of.get(s, '') for s in seeds)} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def commits(runs: Sequence[Run]) -> str:
+    """Which methods were run at which commit, where it was not one for all."""
+    of: dict[str | None, dict[str, None]] = {}
+    for r in runs:
+        of.setdefault(r.commit, {})[r.method] = None
+    if len(of) < 2:
+        return ""
+    return "Runs of commit " + "; of ".join(f"{commit}: {', '.join(methods)}" for commit, methods in of.items()) + ".\n"
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -223,7 +234,8 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
         DIGITS,
     )
     hours = sum(r.seconds for r in runs) / 3600
-    (args.out / f"{name}.md").write_text(f"{text}\nMade by `{made['command']}` in {hours:.1f} hours of one thread.\n")
+    text += f"\nMade by `{made['command']}` in {hours:.1f} hours of one thread.\n"
+    (args.out / f"{name}.md").write_text(text + commits(runs))
     draw(runs, args.out / f"{name}.png", ylabel)
 
 
@@ -238,5 +250,6 @@ def _once(path: Path, stream: Stream, setting: Setting, method: str, seed: int, 
         return Run(**json.loads(path.read_text()))
     x = inputs(images, setting.standardised)
     run = train(stream, setting, method, seed, (x, images.labels))
+    run.commit = provenance(torch.device("cpu"))["commit"]
     write_json(path, asdict(run))
     return run
