@@ -93,6 +93,7 @@ class TurnoverRule(Protocol):
         births: the way of being born that goes with it where the user names none.
         needs_batch_size: whether :attr:`Evidence.batch_size` is to be known.
         counted: over how many steps before an event, at most, samples are counted for it.
+        recounted: the number of events for which one count serves.
         keeps_time: whether :attr:`Evidence.elapsed` is to be known.
         spares_silent: whether a population that is dormant as a whole stays while no other parameter has a gradient
             either, and is told of when it goes.
@@ -103,6 +104,7 @@ class TurnoverRule(Protocol):
     births: str = "reinject"
     needs_batch_size: bool = False
     counted: int = 40
+    recounted: int = 1
     keeps_time: bool = False
     spares_silent: bool = False
     moment_share: float = MOMENT_SHARE

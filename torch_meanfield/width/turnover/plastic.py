@@ -26,7 +26,7 @@ class Plastic(TurnoverRule):
 
     below which it is taken for dead, f being that of its own life up to its last firing (the test of self-normalised
     resets, Farias and Jozefiak 2025, by a geometric law). So a unit that fired at a thousand steps out of as many goes
-    after two silent ones, one that fires at a tenth of them after 131, and one that never fired after ``dead_after``
+    after two silent ones, one that fires at a tenth of them after 88, and one that never fired after ``dead_after``
     samples.
 
     Args:
@@ -43,12 +43,13 @@ class Plastic(TurnoverRule):
 
     dead_after: int = 16
     max_share: float = 1.0
-    chance: float = 1e-6
+    chance: float = 1e-4
 
     every = 5
     births = "typical"
     needs_batch_size = True
     counted = 1
+    recounted = 20
     spares_silent = True
     moment_share = 0.003
 

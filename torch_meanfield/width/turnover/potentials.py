@@ -2,6 +2,7 @@ r"""Potentials: what the loss says of each unit, read off gradients that exist a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,16 +154,19 @@ class Averages:
         self._fold()
         return self._ok
 
-    def silent_for(self, steps: int) -> Tensor:
-        """Whether any unit may have had potential 0 at the last ``steps`` steps that count; bool ``()``, no false no.
+    def silent_for(self, steps: int) -> bool:
+        """Whether any unit may have had potential 0 at the last ``steps`` steps that count; no false no. One host read.
 
-        Asked of the buffer where it reaches so far, so that it need not be averaged for that.
+        Asked of the buffer where it reaches so far, so that it need not be averaged for that. (If the last step is not
+        finite, nothing happens whatever the answer.)
         """
         k = len(self._present)
         if k < steps or any(p is not None for p in self._present):
-            return (self.table[3] >= steps).any()
-        last = self._buffer[k - steps : k]
-        return ((last == 0) | ~last.sum(1, keepdim=True).isfinite()).all(0).any()
+            return bool((self.table[3] >= steps).any())
+        if steps == 1:
+            return not float(self._buffer[k - 1].abs().min()) > 0
+        low, high = torch.stack(self._buffer[k - steps : k].abs().amax(0).aminmax()).tolist()
+        return not (low > 0 and high < math.inf)  # a step that is not finite does not count
 
     def of(self, i: int) -> Tensor:
         """The rows (m, q, w, quiet, age, fired) of population i; shape ``(6, n)``, a view."""
