@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torch_meanfield.particles import Neurons, place_, transport_
 from torch_meanfield.particles.copying import whole
-from torch_meanfield.particles.ranks import check_alike, world
+from torch_meanfield.particles.ranks import check_alike, of_any_rank, world
 from torch_meanfield.particles.slices import places_of
 from torch_meanfield.width.births.rule import BirthRule, Vacancies
 from torch_meanfield.width.draws import Draws
@@ -72,6 +72,7 @@ class Events:
         self.moment_share = turnover.moment_share if moment_share is None else moment_share
         self.batch_size: float | None = None
         self._warned: set[str] = set()
+        self._compared = False  # whether ranks were found to have the same settings and populations
         self._judged = False  # whether it was seen to that units grow old enough to be judged
 
     @torch.no_grad()
@@ -143,13 +144,13 @@ class Events:
         return places
 
     def _nothing_due(self, tracked: Sequence[Tracked]) -> bool:
-        """Whether one look at all populations tells that nothing is to be decided; ranks decide together."""
-        if self.reinject or world()[1] > 1:
-            return False
+        """Whether one look at all populations, on all ranks, tells that nothing is to be decided."""
         steps = self.turnover.silence(self.batch_size)
-        if steps is None:
+        if self.reinject or steps is None or not (self._compared or world()[1] == 1):
             return False
-        return not any(t.silent_for(steps) for t in {id(each.averages): each.averages for each in tracked}.values())
+        tables = {id(each.averages): each.averages for each in tracked}.values()
+        silent = any(table.silent_for(steps) for table in tables)
+        return not (of_any_rank(silent, tracked[0].averages.device) if tracked else silent)
 
     def _see_ages(self, tracked: Sequence[Tracked], clock: int) -> None:
         """Warn once if no unit is ever watched for long enough: then the scheme does nothing, and nobody would know."""
@@ -203,6 +204,7 @@ class Events:
                 "what the potentials say": counts,
             }
         )
+        self._compared = True
 
     def _warn_unseen(self, each: TrackedNeurons, born: int, seen: bool) -> None:
         # in the very first step, populations are found when its forward pass has been made already
