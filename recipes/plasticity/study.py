@@ -6,125 +6,20 @@ import json
 import math
 import shlex
 import statistics
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
 from tqdm import tqdm
 
 from recipes.errors import BadInput, leave
+from recipes.images.source import Images
 from recipes.images.sources import open_source
-from recipes.plasticity.network import Mlp, silent_share
-from recipes.plasticity.peers import ContinualBackprop, L2Init, Method, ReDo, SelfNormalisedResets, ShrinkPerturb, Upgd
 from recipes.plasticity.streams import STREAMS, Stream, inputs
+from recipes.plasticity.training import METHODS, OURS, SETTINGS, Run, Setting, train
 from recipes.record import DIGITS, provenance, write_json
-from torch_meanfield import BirthDeathOptimizer
-
-BATCH = 16
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A network, its inputs and its optimizer."""
-
-    name: str
-    standardised: bool = False
-    norm: bool = False
-    activation: str = "relu"
-    optimizer: str = "adam"
-
-    def bare(self, model: nn.Module) -> Optimizer:
-        """Adam at 1e-3 or SGD at 0.1."""
-        return Adam(model.parameters(), lr=1e-3) if self.optimizer == "adam" else SGD(model.parameters(), lr=0.1)
-
-
-SETTINGS = {
-    s.name: s
-    for s in (
-        Setting("pixels"),
-        Setting("standardised", standardised=True),
-        Setting("layer norm", norm=True),
-        Setting("SGD", optimizer="sgd"),
-        Setting("GELU", activation="gelu"),
-        Setting("tanh", activation="tanh"),
-    )
-}
-PEERS: dict[str, type[Method]] = {
-    "bare": Method,
-    "L2-init": L2Init,
-    "shrink and perturb": ShrinkPerturb,
-    "continual backprop": ContinualBackprop,
-    "ReDo": ReDo,
-    "self-normalised resets": SelfNormalisedResets,
-}
-OURS: dict[str, dict[str, Any]] = {"library, default": {}, "library, plastic": {"scheme": "plastic"}}
-METHODS = (*PEERS, "UPGD", *OURS)
-
-
-@dataclass
-class Run:
-    """One training: its score at every task, at the end how many units are silent and were born, and of what code."""
-
-    setting: str
-    method: str
-    seed: int
-    score: float
-    seconds: float
-    curve: list[float] = field(default_factory=list)
-    silent: float = 0.0
-    births: int = 0
-    commit: str | None = None
-
-
-def train(stream: Stream, setting: Setting, method: str, seed: int, images: tuple[Tensor, Tensor]) -> Run:
-    """One training on one stream; every method sees the same tasks, batches and initial weights."""
-    begin = time.perf_counter()
-    torch.manual_seed(seed)
-    draws, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
-    model = Mlp(images[0].shape[1], int(images[1].max()) + 1, activation=setting.activation, norm=setting.norm)
-    optimizer = setting.bare(model)
-    births = 0
-    if method == "UPGD":
-        optimizer = Upgd(model.parameters(), generator)
-    elif method in OURS:
-        optimizer = BirthDeathOptimizer(optimizer, model, seed=seed, example_input=images[0][:2], **OURS[method])
-
-        def count(event: Any) -> None:
-            nonlocal births
-            births += len(event.born)
-
-        optimizer.register_event_hook(count)
-    peer = PEERS.get(method, Method)(model, optimizer, generator)
-    curve, task = [], None
-    for task in stream.walk(*images, draws):
-        right = 0
-        for _ in range(task.epochs):
-            order = torch.randperm(len(task.y), generator=draws)
-            for batch in order.split(BATCH):
-                optimizer.zero_grad()
-                out = model(task.x[batch])
-                nn.functional.cross_entropy(out, task.y[batch]).backward()
-                right += int((out.argmax(1) == task.y[batch]).sum()) if task.asked is None else 0
-                peer.pull()
-                optimizer.step()
-                peer.act()
-        curve.append(right / len(task.y) if task.asked is None else accuracy(model, *task.asked))
-    assert task is not None
-    score = statistics.mean(curve[-stream.last :])
-    seconds = time.perf_counter() - begin
-    return Run(setting.name, method, seed, score, seconds, curve, silent_share(model, task.x), births)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The share of ``x`` that is classified as ``y``."""
-    return float((model(x).argmax(1) == y).float().mean())
 
 
 def table(runs: Sequence[Run], name: str) -> str:
@@ -205,6 +100,7 @@ def arguments(name: str, description: str | None, settings: Sequence[str]) -> Na
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--tasks", type=int, help="fewer tasks than the benchmark has, to try it out")
+    parser.add_argument("--done", action="store_true", help="run nothing: the table of what is there")
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of runs, table and picture")
     return parser.parse_args()
 
@@ -213,21 +109,23 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
     """Run what is not there yet, then write ``name``.md, .json and .png to ``args.out``."""
     torch.set_num_threads(1)  # as fast, and the sums come out the same on every machine
     try:
-        source = open_source(args.data, args.root, 32)
-        source.download()
-        images = source.decode("train")
+        source, images = _images(stream, args)
     except BadInput as error:
         leave(f"{name}.py", error)
     jobs = [(s, m, seed) for seed in args.seeds for s in args.settings for m in args.methods]
     runs = []
     for setting, method, seed in tqdm(jobs, desc=name, unit="run"):
-        key = "-".join((setting, method, str(seed), source.name, str(stream.tasks))).replace(" ", "_").replace(",", "")
-        runs.append(_once(args.out / "runs" / f"{key}.json", stream, SETTINGS[setting], method, seed, images))
+        key = "-".join((stream.kind, setting, method, str(seed), source, str(stream.tasks)))
+        path = args.out / "runs" / f"{key.replace(' ', '_').replace(',', '')}.json"
+        if path.is_file() or not args.done:
+            runs.append(_once(path, stream, SETTINGS[setting], method, seed, images))
+    if not runs:
+        leave(f"{name}.py", BadInput(f"--done: nothing of this is in {args.out / 'runs'}; run it first"))
     text = table(runs, name)
     print(text)
     options = ("--settings", *args.settings, "--methods", *args.methods, "--seeds", *map(str, args.seeds))
     command = shlex.join(["python", f"recipes/plasticity/{name}.py", "--data", args.data, *options])
-    made = {"command": command, "data": source.name, "stream": asdict(stream)}
+    made = {"command": command, "data": source, "stream": asdict(stream)}
     write_json(
         args.out / f"{name}.json",
         {**made, **provenance(torch.device("cpu")), "runs": [asdict(r) for r in runs]},
@@ -245,11 +143,20 @@ def main(name: str, description: str | None, settings: Sequence[str], ylabel: st
     study(name, replace(stream, tasks=args.tasks or stream.tasks), args, ylabel)
 
 
-def _once(path: Path, stream: Stream, setting: Setting, method: str, seed: int, images: Any) -> Run:
+def _images(stream: Stream, args: Namespace) -> tuple[str, Images | None]:
+    """The name of the data, and all that is trained on; ``None`` where the stream makes its own."""
+    if stream.kind == "regression":
+        return "bits", None
+    source = open_source(args.data, args.root, 32)
+    source.download()
+    return source.name, source.decode("train")
+
+
+def _once(path: Path, stream: Stream, setting: Setting, method: str, seed: int, images: Images | None) -> Run:
     if path.is_file():
         return Run(**json.loads(path.read_text()))
-    x = inputs(images, setting.standardised)
-    run = train(stream, setting, method, seed, (x, images.labels))
+    data = None if images is None else (inputs(images, setting.standardised), images.labels)
+    run = train(stream, setting, method, seed, data)
     run.commit = provenance(torch.device("cpu"))["commit"]
     write_json(path, asdict(run))
     return run

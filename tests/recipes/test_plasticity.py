@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from recipes.plasticity import study
-from recipes.plasticity.network import Mlp, silent_share
+from recipes.plasticity.bits import BITS, SLOW, Target, walk
+from recipes.plasticity.network import ConvNet, Mlp, silent_share
 from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, SelfNormalisedResets, ShrinkPerturb, Upgd
 from recipes.plasticity.streams import Stream
+from recipes.plasticity.training import METHODS, SETTINGS, goodness, train
 
 
 def walked(kind, **changes):
@@ -38,6 +40,60 @@ def test_nothing_changes_in_the_control_and_it_is_asked_about_others():
     tasks, _, _ = walked("stationary")
     assert all(torch.equal(t.x, tasks[0].x) and torch.equal(t.y, tasks[0].y) for t in tasks)
     assert not {tuple(r.tolist()) for r in tasks[0].x} & {tuple(r.tolist()) for r in tasks[0].asked[0]}
+
+
+def test_one_slow_bit_flips_between_tasks_and_the_target_stays():
+    generator = torch.Generator().manual_seed(0)
+    tasks = list(walk(6, 400, generator))
+    slow = [x[:, :SLOW] for x, _ in tasks]
+    assert all((bits == bits[0]).all() for bits in slow) and set(tasks[0][0].flatten().tolist()) == {0.0, 1.0}
+    assert all(int((a[0] != b[0]).sum()) == 1 for a, b in zip(slow, slow[1:], strict=False))
+    target = Target(torch.Generator().manual_seed(0))
+    assert all(torch.equal(y, target(x)) for x, y in tasks)
+
+
+def test_the_target_counts_agreeing_inputs():
+    """Against the sentence that defines it: a unit fires if enough of its inputs are as its weights ask."""
+    target = Target(torch.Generator().manual_seed(1))
+    x = torch.randint(2, (50, BITS)).float()
+    total = torch.zeros(50)
+    for weights, bias, sign in zip(target.weight, target.bias, target.out, strict=True):
+        inputs, asked = torch.cat([x, torch.ones(50, 1)], 1), torch.cat([weights, bias[None]]) > 0
+        total += sign * ((inputs > 0) == asked).sum(1).gt(0.7 * (BITS + 1)).float() * 1.0
+    torch.testing.assert_close(target(x)[:, 0], (total - target.mean) / target.spread)
+    wide = target(torch.randint(2, (20_000, BITS)).float())
+    assert abs(float(wide.mean())) < 0.05 and abs(float(wide.std()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_convolutions_and_learns_bits(method):
+    torch.manual_seed(0)
+    images = (torch.rand(48, 196), torch.arange(48) % 4)
+    run = train(Stream("labels", 1, 32, 6, 1), SETTINGS["ConvNet"], method, 1, images)
+    assert len(run.curve) == 1 and 0 <= run.score <= 1
+    bits = train(Stream("regression", 2, 1600, 1, 1), SETTINGS["64 units"], method, 1, None)
+    assert bits.curve[0] < bits.score or bits.score > 0.1, bits.curve
+
+
+def test_channels_are_the_units_of_convolutions():
+    model = ConvNet(5, width=8)
+    assert model(torch.rand(3, 196)).shape == (3, 5)
+    assert [h.values.shape for h in model.hidden()] == [(3 * 49, 8), (3 * 16, 8), (3, 8)]
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.rand(3, 196)).sum().backward()
+    optimizer.step()
+    before = [p.clone() for p in model.parameters()]
+    method = ReDo(model, optimizer, torch.Generator().manual_seed(0))
+    hidden = model.hidden()[0]
+    method.reinitialise_(hidden, torch.tensor([2, 5]))
+    changed = (hidden.first.weight != before[0]).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [2, 5] and not hidden.last.weight[:, [2, 5]].any()
+    assert not optimizer.state[hidden.last.weight]["exp_avg_sq"][:, [2, 5]].any()
+
+
+def test_variance_explained_is_one_for_the_truth_and_zero_for_the_mean():
+    y = torch.randn(4000, 1)
+    assert goodness(y, y) == 1 and abs(goodness(torch.zeros_like(y), y)) < 0.1
 
 
 def trained(make, steps=1, dead=0, **kwargs):
