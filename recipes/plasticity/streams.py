@@ -41,7 +41,9 @@ class Stream:
             of a task is the training accuracy at its end. ``"permuted"``: other images at every task, their pixels
             permuted anew, seen once; the score is the accuracy before each step. ``"stationary"``: no change, a task is
             one epoch over the same images; the score is the accuracy on 10,000 others. ``"regression"``: see
-            :mod:`.bits`; the score is the share of the variance that is explained before each step.
+            :mod:`.bits`; the score is the share of the variance that is explained before each step. ``"classes"``: two
+            more classes at every task, with those before; ``samples`` of each, the score is the accuracy on 1,000
+            others of these classes.
         tasks: how many.
         samples: images in a task.
         epochs: in a task.
@@ -59,6 +61,9 @@ class Stream:
         if self.kind == "regression":
             yield from (Task(bits, out, self.epochs) for bits, out in walk(self.tasks, self.samples, generator))
             return
+        if self.kind == "classes":
+            yield from self._growing(x, y, generator)
+            return
         classes, d = int(y.max()) + 1, x.shape[1]
         order = torch.randperm(len(x), generator=generator)
         chosen, others = order[: self.samples], order[self.samples :][:10_000]
@@ -74,12 +79,23 @@ class Stream:
             chosen = torch.randperm(len(x), generator=generator)[: self.samples]
             yield Task(x[chosen][:, places], y[chosen], self.epochs)
 
+    def _growing(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Iterator[Task]:
+        order = torch.randperm(len(x), generator=generator)
+        kinds = torch.randperm(int(y.max()) + 1, generator=generator)
+        for task in range(min(self.tasks, (len(kinds) + 1) // 2)):
+            arrived = kinds[: 2 * task + 2]
+            of_each = [order[y[order] == kind] for kind in arrived]
+            chosen = torch.cat([places[: self.samples] for places in of_each])
+            others = torch.cat([places[self.samples :][: 1000 // len(arrived)] for places in of_each])
+            yield Task(x[chosen], y[chosen], self.epochs, (x[others], y[others]))
+
 
 STREAMS = {
     "labels": Stream("labels", tasks=40, samples=640, epochs=30, last=8),
     "permuted": Stream("permuted", tasks=60, samples=4800, epochs=1, last=20),
     "stationary": Stream("stationary", tasks=15, samples=12_000, epochs=1, last=1),
     "convolutions": Stream("labels", tasks=20, samples=640, epochs=30, last=5),
+    "incremental": Stream("classes", tasks=5, samples=100, epochs=5, last=1),
     "regression": Stream("regression", tasks=200, samples=1600, epochs=1, last=50),
 }
 

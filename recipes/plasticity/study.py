@@ -91,15 +91,18 @@ def draw(runs: Sequence[Run], path: Path, ylabel: str) -> None:
     plt.close(figure)
 
 
-def arguments(name: str, description: str | None, settings: Sequence[str]) -> Namespace:
+def arguments(
+    name: str, description: str | None, settings: Sequence[str], methods: Sequence[str] = METHODS
+) -> Namespace:
     """The command line of a benchmark."""
     parser = ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--data", default="fashion-mnist", help="digits, fashion-mnist, cifar10, or folder:PATH")
     parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision keeps what it downloads")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=list(methods), choices=methods, metavar="METHOD")
     parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--tasks", type=int, help="fewer tasks than the benchmark has, to try it out")
+    parser.add_argument("--weights", type=Path, help="state dict that a timm backbone begins from")
     parser.add_argument("--done", action="store_true", help="run nothing: the table of what is there")
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of runs, table and picture")
     return parser.parse_args()
@@ -115,10 +118,12 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
     jobs = [(s, m, seed) for seed in args.seeds for s in args.settings for m in args.methods]
     runs = []
     for setting, method, seed in tqdm(jobs, desc=name, unit="run"):
-        key = "-".join((stream.kind, setting, method, str(seed), source, str(stream.tasks)))
+        begun = () if args.weights is None else (args.weights.stem,)
+        key = "-".join((stream.kind, setting, *begun, method, str(seed), source, str(stream.tasks)))
         path = args.out / "runs" / f"{key.replace(' ', '_').replace(',', '')}.json"
         if path.is_file() or not args.done:
-            runs.append(_once(path, stream, SETTINGS[setting], method, seed, images))
+            of = replace(SETTINGS[setting], weights=args.weights)
+            runs.append(_once(path, stream, of, method, seed, images))
     if not runs:
         leave(f"{name}.py", BadInput(f"--done: nothing of this is in {args.out / 'runs'}; run it first"))
     text = table(runs, name)
@@ -137,9 +142,11 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
     draw(runs, args.out / f"{name}.png", ylabel)
 
 
-def main(name: str, description: str | None, settings: Sequence[str], ylabel: str) -> None:
+def main(
+    name: str, description: str | None, settings: Sequence[str], ylabel: str, methods: Sequence[str] = METHODS
+) -> None:
     """The script of the benchmark ``name``, see :data:`.STREAMS`."""
-    args, stream = arguments("plasticity", description, settings), STREAMS[name]
+    args, stream = arguments("plasticity", description, settings, methods), STREAMS[name]
     study(name, replace(stream, tasks=args.tasks or stream.tasks), args, ylabel)
 
 

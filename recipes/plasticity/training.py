@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from recipes.plasticity.backbone import Backbone
 from recipes.plasticity.bits import BITS
 from recipes.plasticity.network import ConvNet, Mlp, silent_share
 from recipes.plasticity.peers import (
@@ -39,9 +41,13 @@ class Setting:
     optimizer: str = "adam"
     width: int = 64
     convolutions: bool = False
+    backbone: str | None = None
+    weights: Path | None = None
 
-    def model(self, inputs: int, outputs: int) -> Mlp | ConvNet:
+    def model(self, inputs: int, outputs: int) -> Mlp | ConvNet | Backbone:
         """A network of that many numbers in and out."""
+        if self.backbone is not None:
+            return Backbone(outputs, self.backbone, self.weights)
         if self.convolutions:
             return ConvNet(outputs, self.width)
         return Mlp(inputs, outputs, self.width, self.activation, self.norm)
@@ -63,6 +69,7 @@ SETTINGS = {
         Setting("ConvNet", width=32, convolutions=True),
         Setting("8 units", width=8),
         Setting("64 units"),
+        Setting("resnet18", backbone="resnet18"),
     )
 }
 PEERS: dict[str, type[Method]] = {
@@ -75,6 +82,7 @@ PEERS: dict[str, type[Method]] = {
 }
 OURS: dict[str, dict[str, Any]] = {"library, default": {}, "library, plastic": {"scheme": "plastic"}}
 METHODS = (*PEERS, "UPGD", *OURS)
+BLIND = ("bare", "L2-init", "shrink and perturb", "UPGD", *OURS)  # those that need not see hidden units
 
 
 @dataclass
@@ -117,7 +125,7 @@ def train(stream: Stream, setting: Setting, method: str, seed: int, images: tupl
             births += len(event.born)
 
         optimizer.register_event_hook(count)
-    peer = PEERS.get(method, Method)(model, optimizer, generator)
+    peer = PEERS.get(method, Method)(cast(Any, model), optimizer, generator)
     curve, task = [], None
     for task in stream.walk(*(images or (torch.empty(0), torch.empty(0))), draws):
         seen = 0.0
@@ -135,7 +143,16 @@ def train(stream: Stream, setting: Setting, method: str, seed: int, images: tupl
     assert task is not None
     score = statistics.mean(curve[-stream.last :])
     seconds = time.perf_counter() - begin
-    return Run(setting.name, method, seed, score, seconds, curve, silent_share(model, task.x), births)
+    return Run(
+        setting.name,
+        method,
+        seed,
+        score,
+        seconds,
+        curve,
+        0.0 if isinstance(model, Backbone) else silent_share(model, task.x),
+        births,
+    )
 
 
 def loss(out: Tensor, y: Tensor) -> Tensor:
@@ -152,5 +169,8 @@ def goodness(out: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def asked(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """:func:`goodness` of the model on ``x``."""
-    return goodness(model(x), y)
+    """:func:`goodness` of the model on ``x``, in evaluation."""
+    model.eval()
+    good = goodness(model(x), y)
+    model.train()
+    return good

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from recipes.errors import BadInput
 from recipes.plasticity import study
+from recipes.plasticity.backbone import Backbone
 from recipes.plasticity.bits import BITS, SLOW, Target, walk
 from recipes.plasticity.network import ConvNet, Mlp, silent_share
 from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, SelfNormalisedResets, ShrinkPerturb, Upgd
 from recipes.plasticity.streams import Stream
 from recipes.plasticity.training import METHODS, SETTINGS, goodness, train
+from torch_meanfield.particles.resampled import Resampled
 
 
 def walked(kind, **changes):
@@ -228,3 +231,28 @@ def test_a_study_ends_in_a_table_and_a_picture_and_runs_nothing_twice(tmp_path, 
     with pytest.raises(SystemExit):
         study.main("labels", "Labels.", ("pixels",), "accuracy")
     assert "--data 'nothing' is unknown" in capsys.readouterr().err
+
+
+def test_classes_arrive_two_by_two_with_those_before():
+    tasks, x, y = walked("classes", tasks=3, samples=12)
+    assert [len(t.y.unique()) for t in tasks] == [2, 4, 5]
+    for task, later in zip(tasks, tasks[1:], strict=False):
+        assert set(task.y.tolist()) < set(later.y.tolist())
+        assert not {tuple(r.tolist()) for r in task.x} & {tuple(r.tolist()) for r in task.asked[0]}
+        assert set(task.asked[1].tolist()) == set(task.y.tolist()) and (task.y.bincount()[task.y.unique()] == 12).all()
+
+
+def test_a_converted_backbone_trains_and_begins_from_given_weights(tmp_path):
+    timm = pytest.importorskip("timm")
+    images = (torch.rand(24, 196), torch.arange(24) % 2)
+    stream = Stream("classes", tasks=1, samples=8, epochs=1, last=1)
+    run = train(stream, SETTINGS["resnet18"], "shrink and perturb", 1, images)
+    assert len(run.curve) == 1 and 0 <= run.score <= 1
+    source = timm.create_model("resnet18", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    filled = Backbone(2, "resnet18", tmp_path / "weights.pt")
+    assert torch.equal(filled.model.conv1.weight, source.conv1.weight) and filled.model.fc.out_features == 2
+    assert isinstance(filled.model.mean_field_layer1, Resampled)
+    torch.save({"conv1.weight": source.conv1.weight}, tmp_path / "weights.pt")
+    with pytest.raises(BadInput, match="it lacks"):
+        Backbone(2, "resnet18", tmp_path / "weights.pt")
