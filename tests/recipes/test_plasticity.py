@@ -12,6 +12,7 @@ from recipes.plasticity import study
 from recipes.plasticity.backbone import Backbone
 from recipes.plasticity.bits import BITS, SLOW, Target, walk
 from recipes.plasticity.network import ConvNet, Mlp, silent_share
+from recipes.plasticity.overview import overview
 from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, SelfNormalisedResets, ShrinkPerturb, Upgd
 from recipes.plasticity.streams import Stream
 from recipes.plasticity.training import METHODS, SETTINGS, goodness, train
@@ -256,3 +257,15 @@ def test_a_converted_backbone_trains_and_begins_from_given_weights(tmp_path):
     torch.save({"conv1.weight": source.conv1.weight}, tmp_path / "weights.pt")
     with pytest.raises(BadInput, match="it lacks"):
         Backbone(2, "resnet18", tmp_path / "weights.pt")
+
+
+def test_the_overview_has_means_and_says_how_many_seeds(tmp_path):
+    runs = [
+        {"setting": "pixels", "method": method, "score": score}
+        for method, score in (("bare", 0.1), ("bare", 0.2), ("ReDo", 0.5), ("library, plastic", 0.6))
+    ]
+    (tmp_path / "labels.json").write_text(json.dumps({"runs": runs}))
+    text = overview(tmp_path, ("bare", "L2-init", "ReDo", "library, plastic")).splitlines()
+    assert text[2] == "| random labels, pixels (2 seeds) | 0.150 |  | 0.500 (1) | **0.600** (1) |"
+    with pytest.raises(BadInput, match="no benchmark has written"):
+        overview(tmp_path / "elsewhere", ("bare",))
