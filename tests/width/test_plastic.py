@@ -294,3 +294,11 @@ def test_bad_settings_are_named(name: str, value: Any, error: type[Exception]) -
     if name != "moment_share":
         with pytest.raises(error, match=name):
             Plastic(**{name: value})
+
+
+def test_a_model_without_populations_is_told_so() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="Linear has 0 proven populations"):
+        BirthDeathOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model, scheme="plastic", example_input=torch.ones(2, 3)
+        )
