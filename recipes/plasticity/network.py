@@ -1,4 +1,4 @@
-"""The network of the benchmarks: an MLP that shows its hidden units to the methods that look at them."""
+"""The networks of the benchmarks: each shows its hidden units to the methods that look at them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Hidden:
     """One hidden layer, as the peers see it.
 
     Attributes:
-        first: makes the units.
+        first: makes the units: linear, or a convolution of which a channel is a unit.
         last: reads them.
         norm: between, or ``None``.
-        values: the units at the last forward pass, ``(B, n)``.
+        values: the units at the last forward pass, ``(B, n)``; of a convolution ``(B * places, n)``.
     """
 
-    first: nn.Linear
-    last: nn.Linear
+    first: nn.Linear | nn.Conv2d
+    last: nn.Linear | nn.Conv2d
     norm: nn.LayerNorm | None
     values: Tensor
 
@@ -43,6 +43,7 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [inputs, width, width, classes]
+        self.width = width
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
         self.norms = nn.ModuleList(nn.LayerNorm(width) if norm else nn.Identity() for _ in range(2))
         self.activation = ACTIVATIONS[activation]()
@@ -61,8 +62,41 @@ class Mlp(nn.Module):
         return [Hidden(layers[i], layers[i + 1], norms[i], self.values[i]) for i in range(2)]
 
 
+class ConvNet(nn.Module):
+    """Three convolutions of ``width`` channels on images of 14 x 14 given as rows; a channel is a unit.
+
+    14 x 14 becomes 7 x 7, 4 x 4 and 1 x 1; what is left is read by a linear layer.
+    """
+
+    def __init__(self, classes: int, width: int = 32) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(1, width, 3, stride=2, padding=1),
+                nn.Conv2d(width, width, 3, stride=2, padding=1),
+                nn.Conv2d(width, width, 4),
+                nn.Linear(width, classes),
+            ]
+        )
+        self.values: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.values = []
+        x = x.view(len(x), 1, 14, 14)
+        for layer in list(self.layers)[:-1]:
+            x = torch.relu(layer(x))
+            self.values.append(x.detach().movedim(1, -1).flatten(0, -2))
+        return self.layers[-1](x.flatten(1))
+
+    def hidden(self) -> list[Hidden]:
+        """Its hidden layers with what they held in the last forward pass."""
+        layers = list(self.layers)
+        return [Hidden(layers[i], layers[i + 1], None, self.values[i]) for i in range(3)]
+
+
 @torch.no_grad()
-def silent_share(model: Mlp, x: Tensor) -> float:
+def silent_share(model: Mlp | ConvNet, x: Tensor) -> float:
     """Of the hidden units, the share that no row of ``x`` reaches (0 of a smooth activation)."""
     model(x)
     return float(torch.cat([(values == 0).all(0) for values in model.values]).float().mean())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from recipes.plasticity.network import Hidden, Mlp
+from recipes.plasticity.network import ConvNet, Hidden, Mlp
 
 
 class Method:
@@ -24,7 +24,7 @@ class Method:
         generator: their source of randomness.
     """
 
-    def __init__(self, model: Mlp, optimizer: Optimizer, generator: torch.Generator) -> None:
+    def __init__(self, model: Mlp | ConvNet, optimizer: Optimizer, generator: torch.Generator) -> None:
         self.model, self.optimizer, self.generator, self.steps = model, optimizer, generator, 0
 
     def pull(self) -> None:
@@ -36,12 +36,14 @@ class Method:
     def reinitialise_(self, hidden: Hidden, units: Tensor) -> None:
         """Incoming weights drawn anew (Kaiming), outgoing weights and bias 0, no optimizer state."""
         weight = hidden.first.weight
-        bound = math.sqrt(6 / weight.shape[1])
+        bound, bias = math.sqrt(6 / weight[0].numel()), hidden.first.bias
+        assert bias is not None
         with torch.no_grad():
-            weight[units] = torch.empty(len(units), weight.shape[1]).uniform_(-bound, bound, generator=self.generator)
-            hidden.first.bias[units] = 0
+            drawn = torch.empty(len(units), *weight.shape[1:])
+            weight[units] = drawn.uniform_(-bound, bound, generator=self.generator)
+            bias[units] = 0
             hidden.last.weight[:, units] = 0
-            rows: list[tuple[nn.Parameter, int]] = [(weight, 0), (hidden.first.bias, 0), (hidden.last.weight, 1)]
+            rows: list[tuple[nn.Parameter, int]] = [(weight, 0), (bias, 0), (hidden.last.weight, 1)]
             if hidden.norm is not None:
                 hidden.norm.weight[units], hidden.norm.bias[units] = 1.0, 0.0
                 rows += [(hidden.norm.weight, 0), (hidden.norm.bias, 0)]
@@ -56,7 +58,7 @@ class L2Init(Method):
 
     STRENGTH = 1e-3
 
-    def __init__(self, model: Mlp, optimizer: Optimizer, generator: torch.Generator) -> None:
+    def __init__(self, model: Mlp | ConvNet, optimizer: Optimizer, generator: torch.Generator) -> None:
         super().__init__(model, optimizer, generator)
         self.initial = [p.detach().clone() for p in model.parameters()]
 
@@ -77,7 +79,7 @@ class ShrinkPerturb(Method):
         for p in self.model.parameters():
             p.mul_(1 - self.SHRINK)
             if p.ndim > 1:
-                p.add_(torch.randn(p.shape, generator=self.generator), alpha=self.NOISE / math.sqrt(p.shape[1]))
+                p.add_(torch.randn(p.shape, generator=self.generator), alpha=self.NOISE / math.sqrt(p[0].numel()))
 
 
 class ReDo(Method):
@@ -102,16 +104,16 @@ class ContinualBackprop(Method):
 
     RATE, MATURITY, DECAY = 3e-3, 20, 0.99
 
-    def __init__(self, model: Mlp, optimizer: Optimizer, generator: torch.Generator) -> None:
+    def __init__(self, model: Mlp | ConvNet, optimizer: Optimizer, generator: torch.Generator) -> None:
         super().__init__(model, optimizer, generator)
-        n = model.layers[0].out_features
-        self.utility, self.age, self.due = torch.zeros(2, n), torch.zeros(2, n), [0.0, 0.0]
+        n, layers = model.width, len(model.layers) - 1
+        self.utility, self.age, self.due = torch.zeros(layers, n), torch.zeros(layers, n), [0.0] * layers
 
     @torch.no_grad()
     def act(self) -> None:
         self.age += 1
         for i, hidden in enumerate(self.model.hidden()):
-            useful = hidden.values.abs().mean(0) * hidden.last.weight.abs().sum(0)
+            useful = hidden.values.abs().mean(0) * hidden.last.weight.abs().transpose(0, 1).flatten(1).sum(1)
             self.utility[i].mul_(self.DECAY).add_(useful, alpha=1 - self.DECAY)
             mature = self.age[i] > self.MATURITY
             self.due[i] += self.RATE * int(mature.sum())
@@ -122,6 +124,47 @@ class ContinualBackprop(Method):
                 units = torch.where(mature, corrected, torch.inf).argsort()[:count]
                 self.reinitialise_(hidden, units)
                 self.utility[i, units] = self.age[i, units] = 0
+
+
+class SelfNormalisedResets(Method):
+    """A unit goes when a silence is longer than all but a few of its own (Farias and Jozefiak 2025, arXiv:2410.20098).
+
+    Silences that ended are counted by their length, in steps. Every so often a unit's threshold falls to a percentile
+    of its own silences, or doubles where that is not shorter, and the count begins anew, as in the authors' code.
+    """
+
+    PERCENTILE, UPDATE, FIRST, LONGEST = 0.95, 300, 20, 1000
+
+    def __init__(self, model: Mlp | ConvNet, optimizer: Optimizer, generator: torch.Generator) -> None:
+        super().__init__(model, optimizer, generator)
+        n, layers = model.width, len(model.layers) - 1
+        self.silent = torch.zeros(layers, n, dtype=torch.long)
+        self.ended = torch.zeros(layers, n, self.LONGEST + 1)
+        self.threshold = torch.full((layers, n), self.FIRST)
+
+    @torch.no_grad()
+    def act(self) -> None:
+        self.steps += 1
+        fires = torch.stack([(hidden.values > 0).any(0) for hidden in self.model.hidden()])
+        self._count(fires & (self.silent > 0))
+        self.silent = torch.where(fires, 0, self.silent + 1)
+        due = self.silent >= self.threshold
+        if due.any():
+            self._count(due)
+            self.silent[due] = 0
+            for hidden, units in zip(self.model.hidden(), due, strict=True):
+                if units.any():
+                    self.reinitialise_(hidden, units.nonzero().flatten())
+        if self.steps % self.UPDATE == 0:
+            share = self.ended.cumsum(2) / self.ended.sum(2, keepdim=True)  # nan where none ended: then at once
+            percentile = (share >= self.PERCENTILE).long().argmax(2)
+            shorter = percentile < self.threshold
+            self.threshold = torch.where(shorter, percentile, 2 * self.threshold).clamp(1, self.LONGEST)
+            self.ended.zero_()
+
+    def _count(self, units: Tensor) -> None:
+        layer, unit = units.nonzero(as_tuple=True)
+        self.ended[layer, unit, self.silent[layer, unit].clamp_max(self.LONGEST)] += 1
 
 
 class Upgd(Optimizer):

@@ -6,122 +6,20 @@ import json
 import math
 import shlex
 import statistics
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
 from tqdm import tqdm
 
 from recipes.errors import BadInput, leave
+from recipes.images.source import Images
 from recipes.images.sources import open_source
-from recipes.plasticity.network import Mlp, silent_share
-from recipes.plasticity.peers import ContinualBackprop, L2Init, Method, ReDo, ShrinkPerturb, Upgd
 from recipes.plasticity.streams import STREAMS, Stream, inputs
+from recipes.plasticity.training import METHODS, OURS, SETTINGS, Run, Setting, train
 from recipes.record import DIGITS, provenance, write_json
-from torch_meanfield import BirthDeathOptimizer
-
-BATCH = 16
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A network, its inputs and its optimizer."""
-
-    name: str
-    standardised: bool = False
-    norm: bool = False
-    activation: str = "relu"
-    optimizer: str = "adam"
-
-    def bare(self, model: nn.Module) -> Optimizer:
-        """Adam at 1e-3 or SGD at 0.1."""
-        return Adam(model.parameters(), lr=1e-3) if self.optimizer == "adam" else SGD(model.parameters(), lr=0.1)
-
-
-SETTINGS = {
-    s.name: s
-    for s in (
-        Setting("pixels"),
-        Setting("standardised", standardised=True),
-        Setting("layer norm", norm=True),
-        Setting("SGD", optimizer="sgd"),
-        Setting("GELU", activation="gelu"),
-    )
-}
-PEERS: dict[str, type[Method]] = {
-    "bare": Method,
-    "L2-init": L2Init,
-    "shrink and perturb": ShrinkPerturb,
-    "continual backprop": ContinualBackprop,
-    "ReDo": ReDo,
-}
-OURS: dict[str, dict[str, Any]] = {"library, default": {}, "library, plastic": {"scheme": "plastic"}}
-METHODS = (*PEERS, "UPGD", *OURS)
-
-
-@dataclass
-class Run:
-    """One training: its score at every task, and at the end how many units are silent and how many were born."""
-
-    setting: str
-    method: str
-    seed: int
-    score: float
-    seconds: float
-    curve: list[float] = field(default_factory=list)
-    silent: float = 0.0
-    births: int = 0
-
-
-def train(stream: Stream, setting: Setting, method: str, seed: int, images: tuple[Tensor, Tensor]) -> Run:
-    """One training on one stream; every method sees the same tasks, batches and initial weights."""
-    begin = time.perf_counter()
-    torch.manual_seed(seed)
-    draws, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
-    model = Mlp(images[0].shape[1], int(images[1].max()) + 1, activation=setting.activation, norm=setting.norm)
-    optimizer = setting.bare(model)
-    births = 0
-    if method == "UPGD":
-        optimizer = Upgd(model.parameters(), generator)
-    elif method in OURS:
-        optimizer = BirthDeathOptimizer(optimizer, model, seed=seed, example_input=images[0][:2], **OURS[method])
-
-        def count(event: Any) -> None:
-            nonlocal births
-            births += len(event.born)
-
-        optimizer.register_event_hook(count)
-    peer = PEERS.get(method, Method)(model, optimizer, generator)
-    curve, task = [], None
-    for task in stream.walk(*images, draws):
-        right = 0
-        for _ in range(task.epochs):
-            order = torch.randperm(len(task.y), generator=draws)
-            for batch in order.split(BATCH):
-                optimizer.zero_grad()
-                out = model(task.x[batch])
-                nn.functional.cross_entropy(out, task.y[batch]).backward()
-                right += int((out.argmax(1) == task.y[batch]).sum()) if task.asked is None else 0
-                peer.pull()
-                optimizer.step()
-                peer.act()
-        curve.append(right / len(task.y) if task.asked is None else accuracy(model, *task.asked))
-    assert task is not None
-    score = statistics.mean(curve[-stream.last :])
-    seconds = time.perf_counter() - begin
-    return Run(setting.name, method, seed, score, seconds, curve, silent_share(model, task.x), births)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The share of ``x`` that is classified as ``y``."""
-    return float((model(x).argmax(1) == y).float().mean())
 
 
 def table(runs: Sequence[Run], name: str) -> str:
@@ -147,6 +45,16 @@ def table(runs: Sequence[Run], name: str) -> str:
                 f"{born} | {' | '.join(of.get(s, '') for s in seeds)} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def commits(runs: Sequence[Run]) -> str:
+    """Which methods were run at which commit, where it was not one for all."""
+    of: dict[str | None, dict[str, None]] = {}
+    for r in runs:
+        of.setdefault(r.commit, {})[r.method] = None
+    if len(of) < 2:
+        return ""
+    return "Runs of commit " + "; of ".join(f"{commit}: {', '.join(methods)}" for commit, methods in of.items()) + ".\n"
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -183,15 +91,19 @@ def draw(runs: Sequence[Run], path: Path, ylabel: str) -> None:
     plt.close(figure)
 
 
-def arguments(name: str, description: str | None, settings: Sequence[str]) -> Namespace:
+def arguments(
+    name: str, description: str | None, settings: Sequence[str], methods: Sequence[str] = METHODS
+) -> Namespace:
     """The command line of a benchmark."""
     parser = ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--data", default="fashion-mnist", help="digits, fashion-mnist, cifar10, or folder:PATH")
     parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision keeps what it downloads")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=list(methods), choices=methods, metavar="METHOD")
     parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--tasks", type=int, help="fewer tasks than the benchmark has, to try it out")
+    parser.add_argument("--weights", type=Path, help="state dict that a timm backbone begins from")
+    parser.add_argument("--done", action="store_true", help="run nothing: the table of what is there")
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of runs, table and picture")
     return parser.parse_args()
 
@@ -200,41 +112,58 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
     """Run what is not there yet, then write ``name``.md, .json and .png to ``args.out``."""
     torch.set_num_threads(1)  # as fast, and the sums come out the same on every machine
     try:
-        source = open_source(args.data, args.root, 32)
-        source.download()
-        images = source.decode("train")
+        source, images = _images(stream, args)
     except BadInput as error:
         leave(f"{name}.py", error)
     jobs = [(s, m, seed) for seed in args.seeds for s in args.settings for m in args.methods]
     runs = []
     for setting, method, seed in tqdm(jobs, desc=name, unit="run"):
-        key = "-".join((setting, method, str(seed), source.name, str(stream.tasks))).replace(" ", "_").replace(",", "")
-        runs.append(_once(args.out / "runs" / f"{key}.json", stream, SETTINGS[setting], method, seed, images))
+        begun = () if args.weights is None else (args.weights.stem,)
+        key = "-".join((stream.kind, setting, *begun, method, str(seed), source, str(stream.tasks)))
+        path = args.out / "runs" / f"{key.replace(' ', '_').replace(',', '')}.json"
+        if path.is_file() or not args.done:
+            of = replace(SETTINGS[setting], weights=args.weights)
+            runs.append(_once(path, stream, of, method, seed, images))
+    if not runs:
+        leave(f"{name}.py", BadInput(f"--done: nothing of this is in {args.out / 'runs'}; run it first"))
     text = table(runs, name)
     print(text)
     options = ("--settings", *args.settings, "--methods", *args.methods, "--seeds", *map(str, args.seeds))
     command = shlex.join(["python", f"recipes/plasticity/{name}.py", "--data", args.data, *options])
-    made = {"command": command, "data": source.name, "stream": asdict(stream)}
+    made = {"command": command, "data": source, "stream": asdict(stream)}
     write_json(
         args.out / f"{name}.json",
         {**made, **provenance(torch.device("cpu")), "runs": [asdict(r) for r in runs]},
         DIGITS,
     )
     hours = sum(r.seconds for r in runs) / 3600
-    (args.out / f"{name}.md").write_text(f"{text}\nMade by `{made['command']}` in {hours:.1f} hours of one thread.\n")
+    text += f"\nMade by `{made['command']}` in {hours:.1f} hours of one thread.\n"
+    (args.out / f"{name}.md").write_text(text + commits(runs))
     draw(runs, args.out / f"{name}.png", ylabel)
 
 
-def main(name: str, description: str | None, settings: Sequence[str], ylabel: str) -> None:
+def main(
+    name: str, description: str | None, settings: Sequence[str], ylabel: str, methods: Sequence[str] = METHODS
+) -> None:
     """The script of the benchmark ``name``, see :data:`.STREAMS`."""
-    args, stream = arguments("plasticity", description, settings), STREAMS[name]
+    args, stream = arguments("plasticity", description, settings, methods), STREAMS[name]
     study(name, replace(stream, tasks=args.tasks or stream.tasks), args, ylabel)
 
 
-def _once(path: Path, stream: Stream, setting: Setting, method: str, seed: int, images: Any) -> Run:
+def _images(stream: Stream, args: Namespace) -> tuple[str, Images | None]:
+    """The name of the data, and all that is trained on; ``None`` where the stream makes its own."""
+    if stream.kind == "regression":
+        return "bits", None
+    source = open_source(args.data, args.root, 32)
+    source.download()
+    return source.name, source.decode("train")
+
+
+def _once(path: Path, stream: Stream, setting: Setting, method: str, seed: int, images: Images | None) -> Run:
     if path.is_file():
         return Run(**json.loads(path.read_text()))
-    x = inputs(images, setting.standardised)
-    run = train(stream, setting, method, seed, (x, images.labels))
+    data = None if images is None else (inputs(images, setting.standardised), images.labels)
+    run = train(stream, setting, method, seed, data)
+    run.commit = provenance(torch.device("cpu"))["commit"]
     write_json(path, asdict(run))
     return run

@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+from recipes.errors import BadInput
 from recipes.plasticity import study
-from recipes.plasticity.network import Mlp, silent_share
-from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, ShrinkPerturb, Upgd
+from recipes.plasticity.backbone import Backbone
+from recipes.plasticity.bits import BITS, SLOW, Target, walk
+from recipes.plasticity.network import ConvNet, Mlp, silent_share
+from recipes.plasticity.overview import overview
+from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, SelfNormalisedResets, ShrinkPerturb, Upgd
 from recipes.plasticity.streams import Stream
+from recipes.plasticity.training import METHODS, SETTINGS, goodness, train
+from torch_meanfield.particles.resampled import Resampled
 
 
 def walked(kind, **changes):
@@ -38,6 +44,60 @@ def test_nothing_changes_in_the_control_and_it_is_asked_about_others():
     tasks, _, _ = walked("stationary")
     assert all(torch.equal(t.x, tasks[0].x) and torch.equal(t.y, tasks[0].y) for t in tasks)
     assert not {tuple(r.tolist()) for r in tasks[0].x} & {tuple(r.tolist()) for r in tasks[0].asked[0]}
+
+
+def test_one_slow_bit_flips_between_tasks_and_the_target_stays():
+    generator = torch.Generator().manual_seed(0)
+    tasks = list(walk(6, 400, generator))
+    slow = [x[:, :SLOW] for x, _ in tasks]
+    assert all((bits == bits[0]).all() for bits in slow) and set(tasks[0][0].flatten().tolist()) == {0.0, 1.0}
+    assert all(int((a[0] != b[0]).sum()) == 1 for a, b in zip(slow, slow[1:], strict=False))
+    target = Target(torch.Generator().manual_seed(0))
+    assert all(torch.equal(y, target(x)) for x, y in tasks)
+
+
+def test_the_target_counts_agreeing_inputs():
+    """Against the sentence that defines it: a unit fires if enough of its inputs are as its weights ask."""
+    target = Target(torch.Generator().manual_seed(1))
+    x = torch.randint(2, (50, BITS)).float()
+    total = torch.zeros(50)
+    for weights, bias, sign in zip(target.weight, target.bias, target.out, strict=True):
+        inputs, asked = torch.cat([x, torch.ones(50, 1)], 1), torch.cat([weights, bias[None]]) > 0
+        total += sign * ((inputs > 0) == asked).sum(1).gt(0.7 * (BITS + 1)).float() * 1.0
+    torch.testing.assert_close(target(x)[:, 0], (total - target.mean) / target.spread)
+    wide = target(torch.randint(2, (20_000, BITS)).float())
+    assert abs(float(wide.mean())) < 0.05 and abs(float(wide.std()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_convolutions_and_learns_bits(method):
+    torch.manual_seed(0)
+    images = (torch.rand(48, 196), torch.arange(48) % 4)
+    run = train(Stream("labels", 1, 32, 6, 1), SETTINGS["ConvNet"], method, 1, images)
+    assert len(run.curve) == 1 and 0 <= run.score <= 1
+    bits = train(Stream("regression", 2, 1600, 1, 1), SETTINGS["64 units"], method, 1, None)
+    assert bits.curve[0] < bits.score or bits.score > 0.1, bits.curve
+
+
+def test_channels_are_the_units_of_convolutions():
+    model = ConvNet(5, width=8)
+    assert model(torch.rand(3, 196)).shape == (3, 5)
+    assert [h.values.shape for h in model.hidden()] == [(3 * 49, 8), (3 * 16, 8), (3, 8)]
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.rand(3, 196)).sum().backward()
+    optimizer.step()
+    before = [p.clone() for p in model.parameters()]
+    method = ReDo(model, optimizer, torch.Generator().manual_seed(0))
+    hidden = model.hidden()[0]
+    method.reinitialise_(hidden, torch.tensor([2, 5]))
+    changed = (hidden.first.weight != before[0]).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [2, 5] and not hidden.last.weight[:, [2, 5]].any()
+    assert not optimizer.state[hidden.last.weight]["exp_avg_sq"][:, [2, 5]].any()
+
+
+def test_variance_explained_is_one_for_the_truth_and_zero_for_the_mean():
+    y = torch.randn(4000, 1)
+    assert goodness(y, y) == 1 and abs(goodness(torch.zeros_like(y), y)) < 0.1
 
 
 def trained(make, steps=1, dead=0, **kwargs):
@@ -105,6 +165,30 @@ def test_continual_backprop_replaces_at_its_rate():
     assert (method.age <= steps).all() and (method.age < steps).any()
 
 
+def test_self_normalised_resets_learn_each_units_usual_silence(monkeypatch):
+    """Unit 0 always fires, unit 1 every third step, unit 2 every tenth; later all fall silent for good."""
+    _, _, method = trained(SelfNormalisedResets)
+    went = []
+    monkeypatch.setattr(method, "reinitialise_", lambda hidden, units: went.append((method.steps, units.tolist())))
+    method.steps = 0
+    method.silent.zero_(), method.ended.zero_()
+    hidden = method.model.hidden()
+    for step in range(2 * method.UPDATE):
+        for layer in hidden:
+            layer.values = torch.ones(1, 16)
+            if step < method.UPDATE:
+                layer.values[:, 1], layer.values[:, 2] = float(step % 3 == 0), float(step % 10 == 0)
+            else:
+                layer.values[:, :3] = 0
+        monkeypatch.setattr(method.model, "hidden", lambda: hidden)
+        method.act()
+        if step == method.UPDATE - 1:
+            assert method.threshold[:, :4].tolist() == [[1, 2, 9, 1]] * 2 and not went
+    first = {unit: next(steps for steps, units in went if unit in units) for unit in range(3)}
+    # the last silences began before the change: units 1 and 2 had fired last 2 and 9 steps earlier
+    assert first == {0: method.UPDATE + 1, 1: method.UPDATE + 1, 2: method.UPDATE + 1}
+
+
 def test_shrinking_shrinks():
     model, _, method = trained(ShrinkPerturb)
     bias = model.layers[0].bias.detach().clone()
@@ -148,3 +232,40 @@ def test_a_study_ends_in_a_table_and_a_picture_and_runs_nothing_twice(tmp_path, 
     with pytest.raises(SystemExit):
         study.main("labels", "Labels.", ("pixels",), "accuracy")
     assert "--data 'nothing' is unknown" in capsys.readouterr().err
+
+
+def test_classes_arrive_two_by_two_with_those_before():
+    tasks, x, y = walked("classes", tasks=3, samples=12)
+    assert [len(t.y.unique()) for t in tasks] == [2, 4, 5]
+    for task, later in zip(tasks, tasks[1:], strict=False):
+        assert set(task.y.tolist()) < set(later.y.tolist())
+        assert not {tuple(r.tolist()) for r in task.x} & {tuple(r.tolist()) for r in task.asked[0]}
+        assert set(task.asked[1].tolist()) == set(task.y.tolist()) and (task.y.bincount()[task.y.unique()] == 12).all()
+
+
+def test_a_converted_backbone_trains_and_begins_from_given_weights(tmp_path):
+    timm = pytest.importorskip("timm")
+    images = (torch.rand(24, 196), torch.arange(24) % 2)
+    stream = Stream("classes", tasks=1, samples=8, epochs=1, last=1)
+    run = train(stream, SETTINGS["resnet18"], "shrink and perturb", 1, images)
+    assert len(run.curve) == 1 and 0 <= run.score <= 1
+    source = timm.create_model("resnet18", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    filled = Backbone(2, "resnet18", tmp_path / "weights.pt")
+    assert torch.equal(filled.model.conv1.weight, source.conv1.weight) and filled.model.fc.out_features == 2
+    assert isinstance(filled.model.mean_field_layer1, Resampled)
+    torch.save({"conv1.weight": source.conv1.weight}, tmp_path / "weights.pt")
+    with pytest.raises(BadInput, match="it lacks"):
+        Backbone(2, "resnet18", tmp_path / "weights.pt")
+
+
+def test_the_overview_has_means_and_says_how_many_seeds(tmp_path):
+    runs = [
+        {"setting": "pixels", "method": method, "score": score}
+        for method, score in (("bare", 0.1), ("bare", 0.2), ("ReDo", 0.5), ("library, plastic", 0.6))
+    ]
+    (tmp_path / "labels.json").write_text(json.dumps({"runs": runs}))
+    text = overview(tmp_path, ("bare", "L2-init", "ReDo", "library, plastic")).splitlines()
+    assert text[2] == "| random labels, pixels (2 seeds) | 0.150 |  | 0.500 (1) | **0.600** (1) |"
+    with pytest.raises(BadInput, match="no benchmark has written"):
+        overview(tmp_path / "elsewhere", ("bare",))

@@ -13,6 +13,7 @@ from torch import nn
 from tests.width.optimizers import Net, batch, train
 from torch_meanfield.particles import Slice
 from torch_meanfield.width import BirthDeathOptimizer, Neurons
+from torch_meanfield.width.turnover import batch_size
 
 
 def test_counted_at_a_layer_of_the_model_only_before_an_event() -> None:
@@ -144,3 +145,24 @@ def test_newborn_units_get_the_statistics_of_what_they_will_see() -> None:
     # the rows are a sample: a few images of each step
     torch.testing.assert_close(net[1].running_mean[:3], h.mean(1), rtol=0.05, atol=0.05)
     torch.testing.assert_close(net[1].running_var[:3], h.var(1), rtol=0.2, atol=0.0)
+
+
+def test_one_count_of_samples_serves_for_a_hundred_steps_of_plastic(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    optimizer = BirthDeathOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, scheme="plastic")
+    asked: list[int] = []
+    monkeypatch.setattr(batch_size, "of_all_ranks", lambda mine: asked.append(optimizer.clock) or [mine, mine])
+    train(model, optimizer, range(210))
+    assert asked == [5, 100, 200] and optimizer._dynamics.events.batch_size == 64
+    assert not model.first._forward_hooks and not model.last._forward_hooks
+
+
+def test_a_rank_that_does_not_know_its_samples_has_all_count_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    optimizer = BirthDeathOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, scheme="plastic")
+    asked: list[int] = []
+    other = iter([None, 32.0, 32.0])
+    monkeypatch.setattr(batch_size, "of_all_ranks", lambda mine: asked.append(optimizer.clock) or [mine, next(other)])
+    with pytest.warns(RuntimeWarning, match="how many samples"):
+        train(model, optimizer, range(60))
+    assert asked == [5, 10] and optimizer._dynamics.events.batch_size == 64

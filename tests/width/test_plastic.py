@@ -26,9 +26,12 @@ def plastic(model: Net, optimizer: torch.optim.Optimizer, **kwargs: Any) -> Birt
     return BirthDeathOptimizer(optimizer, model, populations=model.slices(), scheme="plastic", **kwargs)
 
 
-def seen(quiet: list[float], age: list[float], batch_size: float | None = 16) -> Evidence:
-    zeros = torch.zeros(len(quiet))
-    return Evidence(zeros, zeros, torch.tensor(quiet), torch.tensor(age), 100.0, batch_size)
+def seen(
+    quiet: list[float], age: list[float], batch_size: float | None = 16, fired: list[float] | None = None
+) -> Evidence:
+    """Units that fired at every step before they fell silent, unless ``fired`` says otherwise."""
+    zeros, q, a = torch.zeros(len(quiet)), torch.tensor(quiet), torch.tensor(age)
+    return Evidence(zeros, zeros, q, a, a - q if fired is None else torch.tensor(fired), 100.0, batch_size)
 
 
 def draws(*shape: int) -> torch.Tensor:
@@ -53,7 +56,7 @@ def test_one_argument_replaces_what_is_dead_and_nothing_else(make: Make) -> None
 
 
 def test_silence_is_counted_in_samples_whatever_the_window() -> None:
-    rule = Plastic(dead_after=80)
+    rule = Plastic(dead_after=80, chance=1.0)
     quiet, age = [0.0, 4.0, 5.0, 500.0], [500.0] * 4
     assert rule.dormant(seen(quiet, age, 16)).tolist() == [False, False, True, True]
     assert rule.dormant(seen(quiet, age, 20)).tolist() == [False, True, True, True]
@@ -64,25 +67,40 @@ def test_silence_is_counted_in_samples_whatever_the_window() -> None:
 def test_a_newborn_units_first_step_says_nothing_of_it() -> None:
     rule = Plastic(dead_after=32)
     assert rule.dormant(seen([0.0, 2.0, 3.0], [9.0, 2.0, 3.0])).tolist() == [False, False, True]
-    assert Plastic().dormant(seen([0.0, 1.0, 1.0], [9.0, 1.0, 9.0])).tolist() == [False, False, True]
+    rule = Plastic(chance=1.0)
+    assert rule.dormant(seen([0.0, 1.0, 1.0], [9.0, 1.0, 9.0])).tolist() == [False, False, True]
+
+
+def test_a_rarely_firing_unit_is_told_from_a_dead_one_by_its_own_rate() -> None:
+    """Against the probability itself: so many silent steps in a row, at the share of silent steps before them."""
+    rule, life = Plastic(chance=1e-4), 200.0
+    for fired in (200.0, 199.0, 150.0, 100.0, 20.0, 2.0):
+        silent = (life - fired + 1) / (life + 2)
+        first = next(k for k in range(1, 10_000) if silent**k <= 1e-4)
+        for quiet, dead in ((first - 1.0, False), (float(first), True)):
+            if quiet:
+                one = seen([quiet, 0.0], [life + quiet, 9.0], 16, [fired, 9.0])
+                assert rule.dormant(one).tolist() == [dead, False], (fired, quiet)
 
 
 def test_what_is_silent_together_is_not_dormant_unless_it_lasts() -> None:
-    rule = Plastic(dead_after=32)
+    rule = Plastic(dead_after=32, chance=1.0)
     assert rule.dormant(seen([7.0, 7.0, 8.0, 9.0], [50.0] * 4)).tolist() == [False, False, False, True]
     assert rule.dormant(seen([2.0 * WHOLE] * 3, [1000.0] * 3)).all()
 
 
 def test_at_most_a_share_goes_at_once_the_longest_silent_first() -> None:
-    rule = Plastic(dead_after=16, max_share=0.5)
+    rule = Plastic(dead_after=16, max_share=0.5, chance=1.0)
     index = rule.decide(seen([0.0, 3.0, 9.0, 5.0], [99.0] * 4), False, draws)
     assert index.born.tolist() == [False, False, True, True] and not index.harmful.any()
-    one = Plastic(dead_after=16, max_share=0.01).decide(seen([0.0, 3.0, 9.0, 5.0], [99.0] * 4), False, draws)
+    one = Plastic(dead_after=16, max_share=0.01, chance=1.0).decide(
+        seen([0.0, 3.0, 9.0, 5.0], [99.0] * 4), False, draws
+    )
     assert one.born.tolist() == [False, False, True, False]
 
 
 def test_with_births_from_parents_no_dead_unit_is_one() -> None:
-    turnover = Plastic(dead_after=16).decide(seen([0.0, 3.0, 9.0, 0.0], [99.0] * 4), True, draws)
+    turnover = Plastic(chance=1.0).decide(seen([0.0, 3.0, 9.0, 0.0], [99.0] * 4), True, draws)
     assert not turnover.born.any() and set(turnover.index[[1, 2]].tolist()) <= {0, 3}
 
 
@@ -263,13 +281,24 @@ def test_a_stream_that_makes_no_unit_old_enough_is_told() -> None:
         ("max_share", 0.0, ValueError),
         ("max_share", 1.5, ValueError),
         ("max_share", "all", TypeError),
+        ("chance", 0.0, ValueError),
+        ("chance", 1.5, ValueError),
         ("moment_share", -0.1, ValueError),
     ],
 )
 def test_bad_settings_are_named(name: str, value: Any, error: type[Exception]) -> None:
     model = Net()
-    with pytest.raises(error, match=name):
-        plastic(model, torch.optim.SGD(model.parameters(), lr=0.1), **{name: value})
+    if name != "chance":  # of the rule alone
+        with pytest.raises(error, match=name):
+            plastic(model, torch.optim.SGD(model.parameters(), lr=0.1), **{name: value})
     if name != "moment_share":
         with pytest.raises(error, match=name):
             Plastic(**{name: value})
+
+
+def test_a_model_without_populations_is_told_so() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="Linear has 0 proven populations"):
+        BirthDeathOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model, scheme="plastic", example_input=torch.ones(2, 3)
+        )

@@ -27,6 +27,15 @@ def of_all_ranks(value: Any) -> list[Any]:
     return out
 
 
+def of_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` holds on one of the ranks; all must call it. One number on ``device``, no objects."""
+    if world()[1] == 1:
+        return flag
+    number = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return bool(number.item())
+
+
 def rows_of_all_ranks(rows: Tensor) -> Tensor:
     """The rows of all ranks, one rank's behind the other's, however many each has; all must call it."""
     ranks = world()[1]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 KEY = "birth_death"
-VERSION = 4
+VERSION = 5
 _KEYS = {"version", "clock", "generator", "batch", "populations", "world_size", "ranks"}
 
 
@@ -56,8 +56,8 @@ def _check_population(entry: Any, where: str) -> None:
     expect(isinstance(entry["name"], str), f"{where}['name']", entry["name"], "a name")
     expect(_is_count(entry["size"]), f"{where}['size']", entry["size"], "a number of units")
     averages = entry["averages"]
-    fits = _is_finite(averages) and tuple(averages.shape) == (5, entry["size"])
-    expect(fits, f"{where}['averages']", averages, f"finite numbers of shape (5, {entry['size']})")
+    fits = _is_finite(averages) and tuple(averages.shape) == (6, entry["size"])
+    expect(fits, f"{where}['averages']", averages, f"finite numbers of shape (6, {entry['size']})")
     elapsed = entry["elapsed"]
     fits = _is_number(elapsed) or (_is_finite(elapsed) and elapsed.numel() == 1)
     expect(fits, f"{where}['elapsed']", elapsed, "a finite number")

@@ -36,10 +36,17 @@ class BatchCounter:
         self._taken = 0  # samples of steps that were taken
         self._behind = 0  # those whose gradients have been there since the last such step
         self._ahead = 0  # those that wait for theirs; loops differ in whether gradients are zeroed meanwhile
+        self._agreed: float | None = None  # among ranks, of the present count
         self._handle: RemovableHandle | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether :meth:`size` need not be counted anew."""
+        return self.given is not None or self.module is None or self.steps > 0
 
     def start(self) -> None:
         """Begin anew."""
+        self._agreed = None
         self.steps = self._taken = self._behind = self._ahead = 0
         self.wanted = self.given is None and self.module is not None
         self.resume()
@@ -53,7 +60,9 @@ class BatchCounter:
 
     def step(self) -> None:
         """One optimizer step is taken."""
-        self.steps += int(self.wanted)
+        if self.wanted:
+            self.steps += 1
+            self._agreed = None
         self._taken += self._behind + self._ahead
         self._behind = self._ahead = 0
 
@@ -73,12 +82,20 @@ class BatchCounter:
             self._handle = None
 
     def size(self) -> float | None:
-        """Samples in a step, over all data-parallel ranks; ``None`` if it is not known."""
+        """Samples in a step, over all data-parallel ranks, which ask together; ``None`` if one does not know it.
+
+        They agree once on what was counted: later calls are free of communication.
+        """
         if self.given is not None:
             return float(self.given)
-        mine = self._taken / self.steps if self.steps and self._taken else None
-        sizes: list[float | None] = of_all_ranks(mine)
-        return None if any(s is None for s in sizes) else sum(s for s in sizes if s is not None)
+        if self._agreed is None:
+            mine = self._taken / self.steps if self.steps and self._taken else None
+            sizes: list[float | None] = of_all_ranks(mine)
+            if any(s is None for s in sizes):
+                self.steps = self._taken = 0  # on every rank: counted anew before the next event
+                return None
+            self._agreed = sum(s for s in sizes if s is not None)
+        return self._agreed
 
     def state(self) -> list[int]:
         """What has been counted so far; whether it is being counted."""
@@ -87,6 +104,7 @@ class BatchCounter:
     def load(self, state: Sequence[int]) -> None:
         """Go on from :meth:`state`."""
         self.stop()
+        self._agreed = None
         self._taken, self.steps = int(state[0]), int(state[1])
         self._behind = self._ahead = 0
         self.wanted = bool(state[2]) and self.given is None and self.module is not None

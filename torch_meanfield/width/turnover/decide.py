@@ -24,6 +24,7 @@ class Evidence:
         square: averaged squares of the potentials.
         quiet: the number of steps in a row at which the potential was exactly 0.
         age: the number of steps over which the unit has been watched.
+        fired: the number of those at which the potential was not 0.
         window: length of the averages in steps.
         batch_size: samples of which a step's gradient is the mean, over all ranks; ``None`` if it is not known.
         elapsed: sum of the learning rates since the last event, for schemes that keep time.
@@ -33,6 +34,7 @@ class Evidence:
     square: Tensor
     quiet: Tensor
     age: Tensor
+    fired: Tensor
     window: float
     batch_size: float | None = None
     elapsed: Tensor | float = 0.0
@@ -91,6 +93,7 @@ class TurnoverRule(Protocol):
         births: the way of being born that goes with it where the user names none.
         needs_batch_size: whether :attr:`Evidence.batch_size` is to be known.
         counted: over how many steps before an event, at most, samples are counted for it.
+        recounted: the number of events for which one count serves.
         keeps_time: whether :attr:`Evidence.elapsed` is to be known.
         spares_silent: whether a population that is dormant as a whole stays while no other parameter has a gradient
             either, and is told of when it goes.
@@ -101,6 +104,7 @@ class TurnoverRule(Protocol):
     births: str = "reinject"
     needs_batch_size: bool = False
     counted: int = 40
+    recounted: int = 1
     keeps_time: bool = False
     spares_silent: bool = False
     moment_share: float = MOMENT_SHARE

@@ -121,7 +121,9 @@ class Dynamics:
 
     def watch(self, clock: int) -> None:
         """Have what surrounds the units recorded over the last steps before an event."""
-        if (clock + min(self.events.turnover.counted, self.every)) % self.every == 0:
+        rule = self.events.turnover
+        period = self.every * (rule.recounted if self.batch.known else 1)
+        if (clock + min(rule.counted, self.every)) % period == 0:
             self.batch.start()
         if (clock + min(RECORDED, self.every)) % self.every == 0:
             for each in self.tracked:

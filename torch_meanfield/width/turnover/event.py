@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torch_meanfield.particles import Neurons, place_, transport_
 from torch_meanfield.particles.copying import whole
-from torch_meanfield.particles.ranks import check_alike, world
+from torch_meanfield.particles.ranks import check_alike, of_any_rank, world
 from torch_meanfield.particles.slices import places_of
 from torch_meanfield.width.births.rule import BirthRule, Vacancies
 from torch_meanfield.width.draws import Draws
@@ -72,6 +72,7 @@ class Events:
         self.moment_share = turnover.moment_share if moment_share is None else moment_share
         self.batch_size: float | None = None
         self._warned: set[str] = set()
+        self._compared = False  # whether ranks were found to have the same settings and populations
         self._judged = False  # whether it was seen to that units grow old enough to be judged
 
     @torch.no_grad()
@@ -81,12 +82,12 @@ class Events:
         Raises:
             ValueError: a parameter of a population was replaced in the model. Nothing has been changed then.
         """
-        awake = [each for each in tracked if not each.frozen()]
-        self.batch_size = batch_size = self._batch_size(batch, bool(awake))
-        if not self._judged:
-            self._see_ages(awake, clock)
-        if self._nothing_due(awake):
+        self.batch_size = batch_size = self._batch_size(batch, tracked)
+        if not self._judged and clock >= PATIENCE:
+            self._see_ages(tracked, clock)
+        if self._nothing_due(tracked):
             return []
+        awake = [each for each in tracked if not each.frozen()]
         _renew(tracked)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for each in awake:
@@ -142,17 +143,19 @@ class Events:
             each.forget_(places)
         return places
 
-    def _nothing_due(self, awake: Sequence[Tracked]) -> bool:
-        """Whether one look at all populations tells that nothing is to be decided; ranks decide together."""
-        if self.reinject or world()[1] > 1:
-            return False
-        tables = {id(each.averages): each.averages for each in awake}.values()
+    def _nothing_due(self, tracked: Sequence[Tracked]) -> bool:
+        """Whether one look at all populations, on all ranks, tells that nothing is to be decided."""
         steps = self.turnover.silence(self.batch_size)
-        return steps is not None and not any(bool(table.silent_for(steps)) for table in tables)
+        if self.reinject or steps is None or not (self._compared or world()[1] == 1):
+            return False
+        tables = {id(each.averages): each.averages for each in tracked}.values()
+        silent = any(table.silent_for(steps) for table in tables)
+        return not (of_any_rank(silent, tracked[0].averages.device) if tracked else silent)
 
-    def _see_ages(self, awake: Sequence[Tracked], clock: int) -> None:
+    def _see_ages(self, tracked: Sequence[Tracked], clock: int) -> None:
         """Warn once if no unit is ever watched for long enough: then the scheme does nothing, and nobody would know."""
-        if not awake or clock < PATIENCE:
+        awake = [each for each in tracked if not each.frozen()]
+        if not awake:
             return
         self._judged = True
         if not any(bool(self.turnover.old_enough(each.evidence(self.batch_size)).any()) for each in awake):
@@ -175,11 +178,11 @@ class Events:
         )
         return False
 
-    def _batch_size(self, batch: BatchCounter, awake: bool) -> float | None:
+    def _batch_size(self, batch: BatchCounter, tracked: Sequence[Tracked]) -> float | None:
         if not self.turnover.needs_batch_size:
             return None
         size = batch.size()
-        if size is None and awake:
+        if size is None and not all(each.frozen() for each in tracked):
             self._warn_once(
                 "BirthDeathOptimizer does not know how many samples a step has (it has no model=, or one that is "
                 "compiled or run under vmap), so no unit is replaced as harmful, and dormant ones are after more steps "
@@ -201,6 +204,7 @@ class Events:
                 "what the potentials say": counts,
             }
         )
+        self._compared = True
 
     def _warn_unseen(self, each: TrackedNeurons, born: int, seen: bool) -> None:
         # in the very first step, populations are found when its forward pass has been made already

@@ -18,14 +18,24 @@ class Plastic(TurnoverRule):
     r"""``scheme="plastic"``: replace units that reached nothing for ``dead_after`` samples, checked every 5 steps.
 
     Where tasks follow each other, dormant units pile up and networks lose the ability to learn (Dohare et al. 2024;
-    Sokar et al. 2023). A unit that no sample of the last steps has reached (potential exactly 0) is replaced at once,
-    whatever the window of the potentials is: see :meth:`dormant`.
+    Sokar et al. 2023). A unit that no sample of the last steps has reached (potential exactly 0) is replaced at once
+    if that is not its way: a unit that fires on few samples is silent now and then, and is of use. If it fires at a
+    share f of the steps, k silent ones in a row have the probability
+
+    .. math:: (1 - f)^k \le \text{chance}, \qquad 1 - f = \frac{\text{silent} + 1}{\text{age} + 2}
+
+    below which it is taken for dead, f being that of its own life up to its last firing (the test of self-normalised
+    resets, Farias and Jozefiak 2025, by a geometric law). So a unit that fired at a thousand steps out of as many goes
+    after two silent ones, one that fires at a tenth of them after 88, and one that never fired after ``dead_after``
+    samples.
 
     Args:
         dead_after: samples that did not reach the unit, at least 1. Where the number of samples in a step is not
             known, each step counts as one.
         max_share: the largest share of a population that goes at once, those that were silent for longest first; in
             (0, 1]. At least one unit may always go.
+        chance: the probability, at the unit's own rate, of a silence that is taken for death, in (0, 1]; at 1 every
+            silence of ``dead_after`` samples is.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -33,11 +43,13 @@ class Plastic(TurnoverRule):
 
     dead_after: int = 16
     max_share: float = 1.0
+    chance: float = 1e-4
 
     every = 5
     births = "typical"
     needs_batch_size = True
     counted = 1
+    recounted = 20
     spares_silent = True
     moment_share = 0.003
 
@@ -46,17 +58,19 @@ class Plastic(TurnoverRule):
             raise TypeError(f"dead_after must be an integer, got {self.dead_after!r}")
         if self.dead_after < 1:
             raise ValueError(f"dead_after must be at least 1 sample, got {self.dead_after}")
-        if isinstance(self.max_share, bool) or not isinstance(self.max_share, (int, float)):
-            raise TypeError(f"max_share must be a number, got {type(self.max_share).__name__}")
-        if not 0 < self.max_share <= 1:
-            raise ValueError(f"max_share must be above 0 and at most 1, got {self.max_share!r}")
+        for name in ("max_share", "chance"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
     def window(self, every: int) -> float:
         """Potentials are averaged for whoever looks at them; nothing is decided by them."""
         return 100.0
 
     def dormant(self, seen: Evidence) -> Tensor:
-        """Which units reached nothing for ``dead_after`` samples, bool ``(n,)``.
+        """Which units reached nothing for ``dead_after`` samples and for longer than they usually do, bool ``(n,)``.
 
         Steps at which the whole population was silent say nothing of its units (an expert that got no sample, a loss
         that is 0), unless there were a hundred times as many. The first step of a newborn unit, whose outgoing weights
@@ -65,7 +79,10 @@ class Plastic(TurnoverRule):
         samples = 1.0 if seen.batch_size is None else seen.batch_size
         together = seen.quiet.amin()
         own = seen.quiet - together - ((seen.quiet == seen.age) & (together == 0)).to(seen.quiet.dtype)
-        return (own * samples >= self.dead_after) | (together * samples >= WHOLE * self.dead_after)
+        life = seen.age - seen.quiet  # up to the last firing
+        rarity = ((life + 2) / (life - seen.fired + 1)).log()  # - log(1 - f)
+        unusual = (own * rarity >= -math.log(self.chance)) | (seen.fired == 0)
+        return ((own * samples >= self.dead_after) & unusual) | (together * samples >= WHOLE * self.dead_after)
 
     def silence(self, batch_size: float | None) -> int:
         """See :meth:`.TurnoverRule.silence`."""

@@ -2,6 +2,7 @@ r"""Potentials: what the loss says of each unit, read off gradients that exist a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,7 +103,7 @@ class Averages:
     and :math:`m_i / w_i` is the averaged potential, :math:`q_i / w_i` its mean square step by step. A unit whose
     potential only fluctuates has :math:`m_i^2 \ll q_i w_i`. ``quiet`` counts the steps in a row at which it was
     exactly 0, which is a unit that reaches nothing (a ReLU that never fires), ``age`` the steps at which it was
-    watched. The five are rows of one table.
+    watched, ``fired`` those at which it was not 0. The six are rows of one table.
 
     The potentials of the last steps wait in a buffer until somebody asks for the averages or the buffer is full, so
     that most steps cost one product for each population; the averages are the same bits whenever they are taken.
@@ -122,7 +123,7 @@ class Averages:
         self.sizes = [r.size for r in self.readers]
         double = any(r.parameter.dtype == torch.float64 for r in self.readers)
         self.dtype, self.device = torch.float64 if double else torch.float32, self.readers[0].parameter.device
-        self._table = torch.zeros(5, sum(self.sizes), dtype=self.dtype, device=self.device)
+        self._table = torch.zeros(6, sum(self.sizes), dtype=self.dtype, device=self.device)
         self._ok = torch.ones((), dtype=torch.bool, device=self.device)
         self._empty()
 
@@ -143,7 +144,7 @@ class Averages:
 
     @property
     def table(self) -> Tensor:
-        """The rows (m, q, w, quiet, age) of all populations, beside each other."""
+        """The rows (m, q, w, quiet, age, fired) of all populations, beside each other."""
         self._fold()
         return self._table
 
@@ -153,19 +154,22 @@ class Averages:
         self._fold()
         return self._ok
 
-    def silent_for(self, steps: int) -> Tensor:
-        """Whether any unit may have had potential 0 at the last ``steps`` steps that count; bool ``()``, no false no.
+    def silent_for(self, steps: int) -> bool:
+        """Whether any unit may have had potential 0 at the last ``steps`` steps that count; no false no. One host read.
 
-        Asked of the buffer where it reaches so far, so that it need not be averaged for that.
+        Asked of the buffer where it reaches so far, so that it need not be averaged for that. (If the last step is not
+        finite, nothing happens whatever the answer.)
         """
         k = len(self._present)
         if k < steps or any(p is not None for p in self._present):
-            return (self.table[3] >= steps).any()
-        last = self._buffer[k - steps : k]
-        return ((last == 0) | ~last.sum(1, keepdim=True).isfinite()).all(0).any()
+            return bool((self.table[3] >= steps).any())
+        if steps == 1:
+            return not float(self._buffer[k - 1].abs().min()) > 0
+        low, high = torch.stack(self._buffer[k - steps : k].abs().amax(0).aminmax()).tolist()
+        return not (low > 0 and high < math.inf)  # a step that is not finite does not count
 
     def of(self, i: int) -> Tensor:
-        """The rows (m, q, w, quiet, age) of population i; shape ``(5, n)``, a view."""
+        """The rows (m, q, w, quiet, age, fired) of population i; shape ``(6, n)``, a view."""
         start = sum(self.sizes[:i])
         return self.table[:, start : start + self.sizes[i]]
 
@@ -231,4 +235,4 @@ class Averages:
         nonzero = keep & (values != 0)
         silent = nonzero.flip(0).cumsum(0).flip(0) == 0  # from that step on
         self._table[3].mul_(~nonzero.any(0)).add_((counted * silent).sum(0))
-        self._table[4].add_(counted.sum(0))
+        self._table[4:].add_(torch.stack([keep.expand_as(nonzero), nonzero]).sum(1))

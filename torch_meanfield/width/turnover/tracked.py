@@ -63,7 +63,7 @@ class Tracked(ABC):
 
     @property
     def rows(self) -> Tensor:
-        """The rows of :class:`.Averages`, a view of shape ``(5, n)``."""
+        """The rows of :class:`.Averages`, a view of shape ``(6, n)``."""
         return self.averages.of(self._number)
 
     def evidence(self, batch_size: float | None = None) -> Evidence:
@@ -71,7 +71,8 @@ class Tracked(ABC):
         rows = self.rows
         weight = rows[2].clamp_min(torch.finfo(rows.dtype).tiny)
         window = self.averages.window
-        return Evidence(rows[0] / weight, rows[1] / weight, rows[3], rows[4], window, batch_size, self.elapsed)
+        quiet, age, fired = rows[3:]
+        return Evidence(rows[0] / weight, rows[1] / weight, quiet, age, fired, window, batch_size, self.elapsed)
 
     def move_(self, index: Tensor) -> None:
         """What is known goes where the units go: ``new[i] = old[index[i]]``."""
