@@ -1,4 +1,4 @@
-"""Sphinx: the Markdown pages of this folder, the API from the docstrings, the tutorials executed. `make docs` builds it."""
+"""Sphinx: the Markdown pages of this folder, the API from the docstrings, the tutorials executed (`make docs`)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SOURCE = dict(re.findall(r"^(\w+) = (.*)$", _metadata["metadata"]["project_urls"
 
 project = "torch-meanfield"
 author = _metadata["metadata"]["author"]
-copyright = author  # noqa: A001  # the name that Sphinx reads
+copyright = author  # the name that Sphinx reads
 release = version = torch_meanfield.__version__
 
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
-    "sphinx_mathjax_offline",  # MathJax is part of the site: pages and search work without a network
+    "sphinx-mathjax-offline",  # MathJax is part of the site: pages and search work without a network
     "sphinx_gallery.gen_gallery",
     "sphinx_copybutton",
     "myst_parser",

@@ -11,8 +11,6 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from docutils import nodes
-from docutils.parsers.rst import Directive
 from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 2.6, 1.15  # of the place of one box, in inches
@@ -61,21 +59,22 @@ def draw(text: str, path: Path) -> None:
     figure.savefig(path)
 
 
-class Chart(Directive):
-    """A ``mermaid`` block."""
-
-    has_content = True
-
-    def run(self) -> list[nodes.Node]:
-        text = "\n".join(self.content)
-        env = self.state.document.settings.env
-        name = f"chart-{hashlib.sha1(text.encode()).hexdigest()[:10]}.svg"
-        folder = Path(env.app.srcdir) / "auto_charts"
-        folder.mkdir(exist_ok=True)
-        draw(text, folder / name)
-        return [nodes.image(uri=f"/auto_charts/{name}", alt="Rooms of the package, and which imports which")]
-
-
 def setup(app: Any) -> dict[str, bool]:
+    from docutils import nodes
+    from docutils.parsers.rst import Directive
+
+    class Chart(Directive):
+        """A ``mermaid`` block."""
+
+        has_content = True
+
+        def run(self) -> list[nodes.Node]:
+            text = "\n".join(self.content)
+            name = f"chart-{hashlib.sha1(text.encode()).hexdigest()[:10]}.svg"
+            folder = Path(app.srcdir) / "auto_charts"
+            folder.mkdir(exist_ok=True)
+            draw(text, folder / name)
+            return [nodes.image(uri=f"/auto_charts/{name}", alt="Rooms of the package, and which imports which")]
+
     app.add_directive("mermaid", Chart)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,16 +2,16 @@
 Keeping a network plastic on a stream
 =====================================
 
-The data stay, and the task changes: digits whose labels are drawn anew, again and again. A network that learned its first
-task well learns the twentieth hardly at all, since its units have died. One line keeps it going.
+The data stay, and the task changes: digits whose labels are drawn anew, again and again. A network that learned its
+first task well learns the twentieth hardly at all, since its units have died. One line keeps it going.
 """
 
 # %%
 # A stream of tasks
 # -----------------
 #
-# 256 digits keep their pixels; at every task each gets a random label. There is nothing to generalise: the only question
-# is whether the network can still be trained.
+# 256 digits keep their pixels; at every task each gets a random label. There is nothing to generalise: the only
+# question is whether the network can still be trained.
 
 import torch
 from matplotlib import pyplot as plt
@@ -53,15 +53,15 @@ print(f"last five tasks: Adam {sum(bare_accuracy[-5:]) / 5:.2f}, wrapped {sum(ac
 # What it knows
 # -------------
 #
-# ``dormant()`` gives the units that are dormant now, by population, and ``ages()`` how many steps each has lived since it
-# was born.
+# ``dormant()`` gives the units that are dormant now, by population, and ``ages()`` how many steps each has lived since
+# it was born.
 
 for population, dormant in zip(optimizer.populations, optimizer.dormant().values(), strict=True):
     print(population.name, population.size, "units,", int(dormant.sum()), "dormant")
 
 # %%
-# Units that no image reaches get no gradient, and nothing wakes them. Replaced within five steps of their death, they go on
-# learning.
+# Units that no image reaches get no gradient, and nothing wakes them. Replaced within five steps of their death, they
+# go on learning.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 for axis, bare, wrapped, title in (

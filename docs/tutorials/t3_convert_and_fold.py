@@ -2,16 +2,16 @@
 Converting a timm backbone, and folding it
 ==========================================
 
-``convert`` finds the residual branches of a model that somebody else wrote, and gives its blocks times. ``fold`` gives a plain
-model back, for people who do not have this library.
+``convert`` finds the residual branches of a model that somebody else wrote, and gives its blocks times. ``fold`` gives
+a plain model back, for people who do not have this library.
 """
 
 # %%
 # Convert
 # -------
 #
-# A small ViT for images of 8 x 8 pixels. The example input shows ``convert`` one forward pass; at first not one bit of the
-# output changes.
+# A small ViT for images of 8 x 8 pixels. The example input shows ``convert`` one forward pass; at first not one bit of
+# the output changes.
 
 import timm
 import torch
@@ -61,7 +61,8 @@ print("steps now", [round(s, 2) for s in stage.steps().tolist()])
 # Fold
 # ----
 #
-# Each step is multiplied into the last weights of its branch. The ``state_dict`` of the copy is that of the plain model.
+# Each step is multiplied into the last weights of its branch. The ``state_dict`` of the copy is that of the plain
+# model.
 
 plain = new()
 plain.load_state_dict(fold(model).state_dict())

@@ -2,7 +2,8 @@
 Reading ``diagnose``
 ====================
 
-A deep tanh network with torch's default initialisation does not train. One call says why, and by which factor to change it.
+A deep tanh network with torch's default initialisation does not train. One call says why, and by which factor to
+change it.
 """
 
 # %%
@@ -37,10 +38,10 @@ print(found)
 # How to read it
 # --------------
 #
-# - **q** is the mean square of what a layer puts out, **corr** how alike the outputs of two inputs are. Where q shrinks to
-#   0, or corr goes to 1, the network forgets what it was shown.
-# - **gradient** is the norm of the loss's gradient there. **chi** is what theory predicts of its square: the factor of one
-#   layer, from the layer's own weights. Below 1 gradients vanish, above 1 they explode.
+# - **q** is the mean square of what a layer puts out, **corr** how alike the outputs of two inputs are. Where q
+#   shrinks to 0, or corr goes to 1, the network forgets what it was shown.
+# - **gradient** is the norm of the loss's gradient there. **chi** is what theory predicts of its square: the factor of
+#   one layer, from the layer's own weights. Below 1 gradients vanish, above 1 they explode.
 # - **depth** is over how many such layers either changes by a factor e. A network much deeper than that does not train.
 # - **dead %** are units that give the same for every input.
 # - Each line at the end is a finding, with what to do about it.

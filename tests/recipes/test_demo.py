@@ -43,14 +43,13 @@ def test_the_demo_prints_its_tables_and_writes_pictures_and_data(monkeypatch, tm
 
 
 def test_one_twin_loses_units_that_the_other_gets_back_and_a_run_is_like_another(monkeypatch):
-    monkeypatch.setattr(learning_on, "LR", 1e-2)  # so that the units of the bare twin die within three tasks
+    monkeypatch.setattr(learning_on, "LR", 1e-2)  # so that the units of the bare twin die within two tasks
     images = Digits().decode("train")
-    bare, wrapped = (learning_on.learn(name, images, tasks=3, seed=0) for name in learning_on.TWINS)
+    bare, wrapped = (learning_on.learn(name, images, tasks=2, seed=0) for name in learning_on.TWINS)
     assert bare.births == 0 < wrapped.births
     assert bare.silent > 0.4 > 0.2 > wrapped.silent
-    assert wrapped.curve[-1] > 2 * bare.curve[-1]
-    again = learning_on.learn("Adam", images, tasks=3, seed=0)
-    assert (again.curve, again.silent) == (bare.curve, bare.silent)
+    again = learning_on.learn('Adam, scheme="plastic"', images, tasks=2, seed=0)
+    assert (again.curve, again.silent, again.births) == (wrapped.curve, wrapped.silent, wrapped.births)
 
 
 def test_a_unit_is_silent_if_no_image_reaches_it():
@@ -68,10 +67,10 @@ def test_the_quarters_of_the_table_are_means_over_tasks():
 
 
 def test_the_configuration_of_the_picture_re_sorts():
-    outcome = changing_places.train(changing_places.DRAWN, epochs=6, seed=0)
+    outcome = changing_places.train(changing_places.DRAWN, epochs=4, seed=0)
     assert outcome.resorts > 0
     assert outcome.resorts == sum(len(t.resorts) for t in outcome.monitor.trajectories.values())
-    assert all(len(t.steps) == outcome.steps + 1 == 67 for t in outcome.monitor.trajectories.values())
+    assert all(len(t.steps) == outcome.steps + 1 == 45 for t in outcome.monitor.trajectories.values())
 
 
 @pytest.mark.parametrize("args", [("--epochs", "0"), ("--tasks", "0"), ("--out", "file/inside")])
