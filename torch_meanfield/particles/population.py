@@ -77,8 +77,8 @@ class Population:
         """
         if self.owner is None:
             raise ValueError(
-                f"{self.name}: a population without an owner cannot be found inside another module; make it with owner=, "
-                f"the module that holds its tensors"
+                f"{self.name}: a population without an owner cannot be found inside another module; make it with "
+                f"owner=, the module that holds its tensors"
             )
         names = {id(t): n for n, t in named_tensors(self.owner).items()}
         theirs = named_tensors(copy)
