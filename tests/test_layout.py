@@ -87,16 +87,17 @@ def test_the_arrows_of_the_picture_are_the_imports() -> None:
 @pytest.mark.parametrize(
     ("room", "strangers"),
     [
-        ("particles", "depth width observe models convert record lightning theory"),
-        ("depth", "width observe models convert record lightning theory"),
+        ("particles", "depth width observe models convert pruning record lightning theory"),
+        ("depth", "width observe models convert pruning record lightning theory"),
         ("width", "depth models convert record lightning theory"),
         ("observe", "depth width models convert record lightning theory"),
-        ("models", "width convert record lightning theory"),
-        ("convert", "width models record lightning theory"),
+        ("models", "width convert pruning record lightning theory"),
+        ("convert", "width models pruning record lightning theory"),
+        ("pruning", "width record lightning theory"),
         ("width.search", "width.births width.turnover width.optimizer"),
         ("width.births", "width.turnover width.optimizer width.search"),
         ("width.turnover", "width.optimizer width.search"),
-        ("record", "lightning theory"),
+        ("record", "pruning lightning theory"),
         ("lightning", "theory"),
     ],
 )

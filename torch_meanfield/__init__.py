@@ -16,6 +16,10 @@ from torch_meanfield.particles import Stack as Stack
 from torch_meanfield.particles import follow as follow
 from torch_meanfield.particles import subscribe as subscribe
 from torch_meanfield.particles import transport_ as transport_
+from torch_meanfield.pruning import DepthScores as DepthScores
+from torch_meanfield.pruning import PruneReport as PruneReport
+from torch_meanfield.pruning import depth_scores as depth_scores
+from torch_meanfield.pruning import prune_depth_ as prune_depth_
 from torch_meanfield.width import BirthDeathOptimizer as BirthDeathOptimizer
 from torch_meanfield.width import find_populations as find_populations
 from torch_meanfield.width import verify as verify

@@ -166,6 +166,20 @@ def may_compile() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called. Wraps ``Module._compiled_call_impl``."""
+    return module._compiled_call_impl is not None
+
+
+def compiled_modules() -> list[type]:
+    """What ``torch.compile(module)`` makes; none where nothing was compiled.
+
+    Wraps ``torch._dynamo.eval_frame.OptimizedModule``, which it does not import.
+    """
+    found = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    return [] if found is None else [found]
+
+
 def never_compiled(function: F) -> F:
     """``function``, marked so that what is compiled does not trace into it; it may still be compiled by itself.
 

@@ -123,6 +123,9 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, horizon: float | None, ex
             carries = any(b.tables for b in p.particles[0])
             stage = ConvertedStage(blocks, check_horizon(horizon, len(blocks)), carries=carries)
             stage.train(model.training)
+            stage.outside = tuple(
+                None if part != b.name else b.output is not None for b in p.particles[0] for part in b.parts
+            )
             host = modules[p.host]
             name = _free_name(host, p.around)
             host.add_module(name, stage)

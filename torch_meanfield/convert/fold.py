@@ -90,12 +90,25 @@ def _fold_(model: nn.Module) -> None:
             parameter = parameters_of(descend(module, path))[name]
             assert parameter is not None
             parameter.copy_(scaled_by(parameter, by))
-        detach(module)
+    _release_(model)
+    _clear_caches(model)
+
+
+def unconvert_(model: nn.Module) -> None:
+    """Undo :func:`.convert` of a model whose steps are all 1: what it added goes, and nothing is multiplied."""
+    _release_(model)
+    for module in model.modules():
+        module.__dict__.pop(RECORD, None)
+
+
+def _release_(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        if site_of(module) is not None:
+            detach(module)
     for module in list(model.modules()):
         for name, child in list(children_of(module).items()):
             if isinstance(child, ConvertedStage):
                 delattr(module, name)
-    _clear_caches(model)
 
 
 def _clear_caches(model: nn.Module) -> None:

@@ -6,13 +6,14 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_meanfield.convert.carried import Carried
-from torch_meanfield.convert.sites import WAY_OUT, Place, Site, attach, descend, site_of
+from torch_meanfield.convert.sites import WAY_OUT, Place, Site, attach, descend, detach, site_of
 from torch_meanfield.depth.exchangeable import check_alike
 from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.depth.tau_axis import nonnegative, steps_by_slot
@@ -41,6 +42,10 @@ class ConvertedStage(MeanFieldLayer):
         horizon: the last time T.
         carries: whether constants travel with the particles, see :mod:`.carried`.
 
+    Attributes:
+        outside: for each block of a particle whether what it puts out is a branch that the model's own loop adds
+            (``True``), comes before such a one (``None``), or holds the sum already (``False``).
+
     Raises:
         ValueError: blocks whose tensors do not correspond.
     """
@@ -49,6 +54,7 @@ class ConvertedStage(MeanFieldLayer):
         super().__init__()
         self.members = Members(particles)
         self.places: dict[tuple[int, int], tuple[Place, ...]] = {}
+        self.outside: tuple[bool | None, ...] = ()
         columns = self._columns()
         tensors = [t for c in columns for t in c.tensors]
         first = next((t for t in tensors if t.is_floating_point()), None)
@@ -140,6 +146,19 @@ class ConvertedStage(MeanFieldLayer):
                 continue
             columns.append(Stack(row))
         return columns
+
+    def take_out_(self, size: int, undo: ExitStack) -> None:
+        """See :meth:`.MeanFieldLayer.take_out_`; the blocks that are out run by their own forward again."""
+        members, places = list(self.members), dict(self.places)
+        undo.callback(self.__dict__.update, members=self.members, places=self.places)
+        for block in (b for blocks in members[size:] for b in blocks):
+            for module in block.modules():
+                site = site_of(module)
+                if site is not None and site.stage is self:
+                    undo.callback(module.__dict__.__setitem__, "forward", site)
+                    detach(module)
+        self.members = Members(members[:size])
+        self.places = {key: theirs for key, theirs in places.items() if key[0] < size}
 
     def __len__(self) -> int:
         return len(self.members)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -188,6 +189,10 @@ class MeanFieldLayer(nn.Module):
     @abstractmethod
     def population(self) -> Population:
         """The branches as particles, each with its place on the tau axis."""
+
+    @abstractmethod
+    def take_out_(self, size: int, undo: ExitStack) -> None:
+        """Hold the particles of the first ``size`` slots only: their places on the tau axis are cut already."""
 
     @abstractmethod
     def __len__(self) -> int:

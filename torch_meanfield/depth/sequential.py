@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any, Literal, cast
 
 import torch
@@ -135,6 +136,14 @@ class MeanFieldSequential(MeanFieldLayer):
         if len(blocks) != len(branches) + 1 or None in branches:  # and the tau axis
             raise self._fixed()
         return iter(cast("list[nn.Module]", branches))
+
+    def take_out_(self, size: int, undo: ExitStack) -> None:
+        """See :meth:`.MeanFieldLayer.take_out_`."""
+        blocks = children_of(self)
+        undo.callback(blocks.update, dict(blocks))
+        undo.callback(blocks.clear)
+        for name in [n for n in blocks if n.isdigit() and int(n) >= size]:
+            del blocks[name]
 
     def append(self, *args: Any) -> None:
         """Not possible: a layer keeps its number of branches."""

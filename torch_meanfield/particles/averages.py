@@ -16,6 +16,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -178,6 +179,22 @@ def _related(copy: nn.Module, owner: nn.Module) -> bool | None:
         if lineage is not None and lineage.following:
             return lineage in lineage_of(module).followers
     return None
+
+
+def averages_of(owner: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
+    """The averaged copies that move with ``owner``, each with the whole averaged model around it, if that is known."""
+    lineage: Lineage | None = owner.__dict__.get("_lineage")
+    followers = [f for f in lineage.followers if f.following] if lineage is not None else []
+    copies = [f.module() for f in followers if f.module is not None]
+    roots = list(_copied_from)
+    return [(c, next((r for r in roots if any(m is c for m in r.modules())), None)) for c in copies if c is not None]
+
+
+def shorten_kept_(population: Population, size: int, undo: ExitStack) -> None:
+    """Cut the averages of ``population`` that are lists or dicts of tensors to its first ``size`` particles."""
+    for model, averages in list(_kept.items()):
+        for each in averages:
+            each.shorten_(population, model, size, undo)
 
 
 _kept: weakref.WeakKeyDictionary[nn.Module, list[KeptTensors]] = weakref.WeakKeyDictionary()

@@ -108,6 +108,11 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def living(kinds: Iterable[type]) -> list[Any]:
+    """Every object of the process that is of one of these classes, or of a class below."""
+    return [x for x in _living(set().union(*map(_subclasses, kinds))) if x is not None]
+
+
 def _subclasses(kind: type) -> set[type]:
     below: list[type] = kind.__subclasses__()
     return {kind}.union(*(_subclasses(k) for k in below))

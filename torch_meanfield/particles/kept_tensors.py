@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
+from torch_meanfield.particles.columns import Slice
 from torch_meanfield.particles.copying import same_memory
 from torch_meanfield.particles.holders import holders_of
 from torch_meanfield.particles.population import Column, Population, named_tensors
 from torch_meanfield.particles.resampled import Resampled
+from torch_meanfield.particles.shortening import cut_
 
 
 class KeptTensors:
@@ -47,6 +50,36 @@ class KeptTensors:
         twins = {id(t): kept[self.keys[n]] for n, t in named_tensors(model).items() if n in self.keys}
         columns = {i: c for i, c in enumerate(population.columns) if id(c.tensors[0]) in twins}
         return {i: c.on([twins[id(t)] for t in c.tensors]) for i, c in columns.items()}
+
+    def shorten_(self, population: Population, model: nn.Module, size: int, undo: ExitStack) -> None:
+        """Hold nothing any more for the particles behind the first ``size``."""
+        kept, columns = self.tensors(), self.columns(population, model)
+        gone = {id(t) for i, c in columns.items() if c.owns_whole for t in population.columns[i].tensors[size:]}
+        for column in columns.values():
+            if isinstance(column, Slice):
+                cut_(column, size, (), undo)
+        names = [n for n, t in named_tensors(model).items() if id(t) in gone and n in self.keys]
+        if not names:
+            return
+        undo.callback(self.__dict__.update, keys=self.keys)
+        dropped = {self.keys[n] for n in names}
+        if isinstance(kept, MutableMapping):
+            undo.callback(kept.update, dict(kept))
+            undo.callback(kept.clear)
+            for key in dropped:
+                del kept[key]
+            places = {key: key for key in kept}
+        else:
+            if not isinstance(kept, MutableSequence):
+                raise TypeError(
+                    f"{population.name}: a {type(kept).__name__} of averaged tensors cannot become shorter; keep them "
+                    f"in a list or dict"
+                )
+            undo.callback(kept.__setitem__, slice(None), list(kept))
+            left = [i for i in range(len(kept)) if i not in dropped]
+            kept[:] = [kept[i] for i in left]
+            places = {old: new for new, old in enumerate(left)}
+        self.keys = {n: places[key] for n, key in self.keys.items() if key in places}
 
 
 def _keys_by_name(kept: Sequence[Tensor] | Mapping[Any, Tensor], model: nn.Module) -> dict[str, Any]:
