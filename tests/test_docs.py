@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-ROOMS = "particles depth models convert width record theory command_line".split()
+ROOMS = "particles depth models convert pruning width record theory command_line".split()
 
 
 def public(module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torch_meanfield
-from torch_meanfield import conversion_report, convert, find_populations
+from torch_meanfield import conversion_report, convert, depth_scores, find_populations, fold, prune_depth_
 from torch_meanfield.command_line import main
 from torch_meanfield.convert.small_network import residual_network
 from torch_meanfield.theory import diagnose
@@ -89,6 +89,26 @@ def test_fold_writes_what_plain_code_would(here, capsys):
     plain, x = residual_network(), torch.randn(5, 4)
     plain.load_state_dict(torch.load("plain.pt", weights_only=True))
     assert torch.allclose(plain.eval()(x), model.eval()(x), atol=1e-5)
+
+
+def test_prune_writes_the_weights_of_the_shorter_network(here, capsys):
+    torch.manual_seed(0)
+    trained = residual_network()
+    torch.save(trained.state_dict(), "trained.pt")
+    data = torch.randn(32, 4), torch.randint(2, (32,))
+    torch.save(data, "data.pt")
+    prune = ("prune", NET, "--checkpoint", "trained.pt", "--data", "data.pt", "--remove", "1", "--by", "cosine")
+    told = document(capsys, *prune, "--batch", "16", "--out", "pruned.pt")
+    batches = [(x, y) for x, y in zip(data[0].split(16), data[1].split(16), strict=True)]
+    scores = depth_scores(trained, batches, by="cosine", progress=False)
+    assert told["scores"] == pytest.approx(dict(scores)) and told["removed"] == list(scores.order[:1])
+    prune_depth_(trained, remove=1, scores=scores, batches=batches)
+    expected, written = fold(trained).state_dict(), torch.load("pruned.pt", weights_only=True)
+    assert written.keys() == expected.keys() and all(torch.equal(written[k], expected[k]) for k in expected)
+    assert complaint(capsys, *prune, "--out", "no/where.pt")[0] == 2
+    assert complaint(capsys, "prune", NET, "--data", "trained.pt", "--remove", "1", "--out", "o.pt")[0] == 2
+    assert complaint(capsys, "prune", NET, "--data", "data.pt", "--remove", "9", "--out", "o.pt")[0] == 1
+    assert not (here / "o.pt").exists()
 
 
 @pytest.mark.parametrize(

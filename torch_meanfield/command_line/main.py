@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import torch_meanfield
-from torch_meanfield.command_line import diagnose, fold, report
+from torch_meanfield.command_line import diagnose, fold, prune, report
 from torch_meanfield.command_line.errors import BadArgument, Refused, one_line
 from torch_meanfield.command_line.model import add_model
 
@@ -56,7 +56,7 @@ def _parser() -> ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Look at a PyTorch model as the mean-field theory sees it.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {torch_meanfield.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, command in (("report", report), ("diagnose", diagnose), ("fold", fold)):
+    for name, command in (("report", report), ("diagnose", diagnose), ("fold", fold), ("prune", prune)):
         sub = commands.add_parser(name, help=command.HELP, description=command.HELP)
         add_model(sub)
         if hasattr(command, "add"):

@@ -37,8 +37,8 @@ def shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def model_and_example(args: Namespace) -> tuple[nn.Module, Any]:
-    """The model that ``args.model`` names, and an input of it.
+def model_and_example(args: Namespace, default: Any = None) -> tuple[nn.Module, Any]:
+    """The model that ``args.model`` names, and an input of it; ``default`` where it brings none.
 
     A factory gives a module, or a pair of a module and its example input.
 
@@ -53,6 +53,7 @@ def model_and_example(args: Namespace) -> tuple[nn.Module, Any]:
         raise BadArgument(f"{args.model} gives a {type(model).__name__}, no torch.nn.Module")
     if args.input is not None:
         example = torch.randn(args.input, generator=torch.Generator().manual_seed(0))
+    example = default if example is None else example
     try:
         return model, example_for(model, example, "the command line")
     except ValueError as error:
