@@ -47,15 +47,23 @@ def draw(text: str, path: Path) -> None:
         for level, row in enumerate(rows)
         for i, name in enumerate(row)
     }
-    for tail, head in arrows:
-        (x, y), (u, v) = at[tail], at[head]
-        style = {"arrowstyle": "-|>", "color": "0.55", "shrinkA": 0, "shrinkB": 0, "linewidth": 0.9}
-        axis.annotate("", (u, v - 0.27), (x, y + 0.27), arrowprops=style)
+    patches = {}
     for name, (title, rest) in boxes.items():
-        x, y = at[name]
         words = rest.replace(", ", ",\n", 1) if len(rest) > 30 else rest
         box = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": "0.35"}
-        axis.text(x, y, f"{title}\n{words}", ha="center", va="center", fontsize=8.5, linespacing=1.3, bbox=box)
+        text_ = axis.text(
+            *at[name], f"{title}\n{words}", ha="center", va="center", fontsize=9, linespacing=1.3, bbox=box
+        )
+        patches[name] = written.get_bbox_patch()
+    for tail, head in arrows:  # from edge to edge, behind the other boxes
+        style = {
+            "arrowstyle": "-|>",
+            "color": "0.55",
+            "linewidth": 0.9,
+            "patchA": patches[tail],
+            "patchB": patches[head],
+        }
+        axis.annotate("", at[head], at[tail], arrowprops=style, zorder=0.5)
     figure.savefig(path)
 
 
