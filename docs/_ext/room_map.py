@@ -51,7 +51,7 @@ def draw(text: str, path: Path) -> None:
     for name, (title, rest) in boxes.items():
         words = rest.replace(", ", ",\n", 1) if len(rest) > 30 else rest
         box = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": "0.35"}
-        text_ = axis.text(
+        written = axis.text(
             *at[name], f"{title}\n{words}", ha="center", va="center", fontsize=9, linespacing=1.3, bbox=box
         )
         patches[name] = written.get_bbox_patch()
