@@ -39,7 +39,7 @@ def draw(text: str, path: Path) -> None:
     boxes, arrows = parsed(text)
     rows = layers(boxes, arrows)
     columns = max(map(len, rows))
-    figure = Figure(figsize=(WIDTH * columns, HEIGHT * len(rows)))
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT * len(rows)), dpi=72)  # that of an SVG
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(len(rows), 0))
     axis.axis("off")
     at = {
@@ -64,7 +64,8 @@ def draw(text: str, path: Path) -> None:
             "patchB": patches[head],
         }
         axis.annotate("", at[head], at[tail], arrowprops=style, zorder=0.5)
-    figure.savefig(path)
+    figure.draw_without_rendering()  # boxes get their places, at which the arrows begin and end
+    figure.savefig(path, dpi=72)
 
 
 def setup(app: Any) -> dict[str, bool]:
