@@ -3,6 +3,7 @@
     python tools/zoo.py                             # what the table lacks; stops and resumes at any time
     python tools/zoo.py --only test_vit resnet18    # these names again
     python tools/zoo.py --library torchvision       # benchmarks/results/zoo_torchvision.csv
+    python tools/zoo.py --cut --only test_vit       # cut blocks of these, fold, load into fewer
 
 Every name is converted on the meta device, by structure, at its configured input size. Of each model file the smallest
 that converts is then converted with real weights, and checked: ``eval()`` and ``train()`` outputs and the gradients of
@@ -12,7 +13,8 @@ outputs to 1e-4 in float32 and 1e-10 in float64.
 
 Verdict ``on request``: nothing in it can be folded, so it converts with ``foldable=False`` alone, and ``fold`` must
 refuse it. Columns: ``branches`` are those of the converted blocks, ``unfoldable`` those of residual blocks that stay
-because no parameter takes their step; ``checked`` is ``passed``, what failed, or empty (structure only).
+because no parameter takes their step; ``checked`` is ``passed``, what failed, or empty (structure only); ``cut``,
+filled by ``--cut``, is what makes the network that is left when a third of the blocks is cut (``tools/zoo_cut.py``).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import copy
 import csv
 import math
 import multiprocessing
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +35,7 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 FIELDS = (
     "name", "file", "parameters", "verdict", "stages", "particles", "branches", "foldable", "unfoldable",
-    "fixed_blocks", "reason", "seconds", "input", "checked",
+    "fixed_blocks", "reason", "seconds", "input", "checked", "cut",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -301,13 +304,24 @@ class Timm:
         """See :func:`structure`."""
         return structure(lambda: self.build(name), None)
 
-    def numbers(self, name: str) -> Row:
-        """See :func:`numbers`."""
+    def shapes(self, name: str) -> list[tuple[int, ...]]:
+        """Of one input, the smallest first."""
         import timm
 
         channels, height, _ = timm.get_pretrained_cfg(name).input_size
         sizes = [s for s in (64, 96, 112, 128, 160, 192, 224, 256) if s < height]
-        return numbers(lambda **a: self.build(name, **a), [(channels, side, side) for side in (*sizes, height)])
+        return [(channels, side, side) for side in (*sizes, height)]
+
+    def numbers(self, name: str) -> Row:
+        """See :func:`numbers`."""
+        return numbers(lambda **a: self.build(name, **a), self.shapes(name))
+
+    def cut(self, name: str) -> Row:
+        """See :func:`tools.zoo_cut.cut`."""
+        sys.path.append(str(RESULTS.parents[1]))  # run as a script
+        from tools.zoo_cut import cut
+
+        return {"cut": cut(lambda **a: self.build(name, **a), self.shapes(name))}
 
 
 class Torchvision:
@@ -406,6 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=list(ZOOS), default="timm")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="these names, even if they have a row")
+    parser.add_argument("--cut", action="store_true", help="fill the column cut alone (timm)")
     parser.add_argument("--again", metavar="TEXT", help="also rows whose verdict, reason or check contains this")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for one model")
@@ -430,11 +445,18 @@ def main() -> None:
     def fill(names: list[str], kind: str) -> None:
         tasks = [(n, kind) for n in names]
         for done, (name, _, row) in enumerate(run_all(options.library, tasks, options.workers, options.limit), start=1):
-            known = rows.get(name, {}) if kind == "numbers" else {}
+            known = rows.get(name, {}) if kind != "structure" else {}
+            row = {"cut": row["reason"]} if kind == "cut" and "cut" not in row else row  # it crashed
             rows[name] = {**known, "name": name, "file": files[name], **row}
             print(f"{kind} {done}/{len(tasks)}", *(f"{k}={v}" for k, v in rows[name].items()), flush=True)
-            if done % 10 == 0 or kind == "numbers" or done == len(tasks):
+            if done % 10 == 0 or kind != "structure" or done == len(tasks):
                 write(table, rows)
+
+    if options.cut:
+        passed = [n for n, row in rows.items() if row.get("checked") == "passed" and not row.get("cut")]
+        fill(passed if options.only is None else options.only, "cut")
+        print(f"{time.monotonic() - start:.0f} s")
+        return
 
     def wanted(name: str) -> bool:
         if options.only is not None:

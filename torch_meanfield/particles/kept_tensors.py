@@ -55,6 +55,7 @@ class KeptTensors:
         """Hold nothing any more for the particles behind the first ``size``."""
         kept, columns = self.tensors(), self.columns(population, model)
         gone = {id(t) for i, c in columns.items() if c.owns_whole for t in population.columns[i].tensors[size:]}
+        gone |= {id(t) for i in columns for t in population.columns[i].tensors if not size}
         for column in columns.values():
             if isinstance(column, Slice):
                 cut_(column, size, (), undo)

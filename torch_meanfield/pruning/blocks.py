@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from torch_meanfield.convert import ConvertedStage
-from torch_meanfield.convert.report import RECORD
 from torch_meanfield.depth import MeanFieldSequential
 from torch_meanfield.depth.layer import MeanFieldLayer
 from torch_meanfield.particles.population import named_tensors
@@ -39,8 +38,8 @@ class Block:
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether ``model`` holds mean-field layers, or is what is left of a converted model without any."""
-    return any(isinstance(m, MeanFieldLayer) or RECORD in m.__dict__ for m in model.modules())
+    """Whether ``model`` holds mean-field layers; a folded model holds none."""
+    return any(isinstance(m, MeanFieldLayer) for m in model.modules())
 
 
 def layers_by_name(model: nn.Module) -> dict[str, MeanFieldLayer]:

@@ -30,34 +30,46 @@ def fewest_for(share: float, model: nn.Module, order: Sequence[Block], example: 
     Raises:
         ValueError: all but one would not do.
     """
-    whole = seconds_of(model, example)
-    each = _seconds_by_block(model, order, example)
-    left = whole
+    shares = _share_of_each(model, order, example)
+    left = 1.0
     for count, block in enumerate(order[:-1], start=1):
-        left -= each[block.name]
-        if left <= share * whole:
-            return count, whole
+        left -= shares[block.name]
+        if left <= share:
+            return count, seconds_of(model, example)
     raise ValueError(
         f"prune_depth_: to_latency={share} cannot be reached: without all blocks but {order[-1].name} a forward pass "
-        f"still takes {left / whole:.2f} of its time"
+        f"still takes {left:.2f} of its time"
     )
 
 
-def _seconds_by_block(model: nn.Module, blocks: Sequence[Block], example: Example) -> dict[str, float]:
-    times: dict[str, list[float]] = {b.name: [] for b in blocks}
-    for repeat in range(REPEATS + 1):
-        spent = dict.fromkeys(times, 0.0)
+def _share_of_each(model: nn.Module, blocks: Sequence[Block], example: Example) -> dict[str, float]:
+    """The share of each block in the time of a pass: of each part, the rest included, the least of several passes.
 
-        def act(block: Block, i: int, x: Tensor, forward: Callable[[], Any], spent: dict[str, float] = spent) -> Any:
-            found: list[Any] = []
-            spent[block.name] += _timed(lambda: found.append(forward()))
-            return found[0]
+    Another process adds to some parts of some passes; the least time of each is without it.
+    """
+    rest = "the rest"
+    least: dict[str, float] = {}
+    for _ in range(REPEATS + 1):
+        watch = _Stopwatch()
+        with undisturbed(), scoring_mode(model, batch_statistics=False), controlled(model, blocks, watch):
+            whole = _timed(lambda: _run(model, example))
+        for name, seconds in {**watch.spent, rest: whole - sum(watch.spent.values())}.items():
+            least[name] = min(seconds, least.get(name, seconds))
+    whole = sum(least.values())
+    return {b.name: least.get(b.name, 0.0) / whole for b in blocks}
 
-        with undisturbed(), scoring_mode(model, batch_statistics=False), controlled(model, blocks, act):
-            _run(model, example)
-        for name, seconds in spent.items() if repeat else ():
-            times[name].append(seconds)
-    return {name: statistics.median(found) for name, found in times.items()}
+
+class _Stopwatch:
+    """Adds up the seconds in each block."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    def __call__(self, block: Block, i: int, x: Tensor, forward: Callable[[], Any]) -> Any:
+        found: list[Any] = []
+        seconds = _timed(lambda: found.append(forward()))
+        self.spent[block.name] = self.spent.get(block.name, 0.0) + seconds
+        return found[0]
 
 
 def _run(model: nn.Module, example: Example) -> Any:

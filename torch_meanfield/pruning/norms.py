@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from torch_meanfield._torch import is_batch_norm
-from torch_meanfield.observe import run
+from torch_meanfield.observe import run, undisturbed
 from torch_meanfield.pruning.batches import Batch
 
 
@@ -37,7 +37,7 @@ def reestimate_norms_(model: nn.Module, batches: Sequence[Batch], undo: ExitStac
         undo.callback(_put, [(t, t.clone()) for t in norm.buffers(recurse=False)])
     modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.random.fork_rng():
+        with undisturbed():
             update_bn([(batch.inputs,) for batch in batches], _Called(model))
     finally:
         for module, training in modes:

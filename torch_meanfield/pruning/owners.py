@@ -37,15 +37,13 @@ def optimizers_of(model: nn.Module, given: Any) -> list[Optimizer]:
                 f"the one that trains it"
             )
     others = [o for o in living([Optimizer]) if any(id(p) in mine for p in _parameters(o))]
-    found = known_optimizers([*given, *others])
-    found = [o for o in found if any(id(p) in mine for p in _parameters(o))]
-    for optimizer in found:
+    for optimizer in (*given, *others):
         if any(kind.__name__ == "BirthDeathOptimizer" for kind in type(optimizer).__mro__):
             raise ValueError(
                 "prune_depth_: the model is trained by a BirthDeathOptimizer, whose populations and their averages are "
                 "those of the blocks there are; prune first, and wrap the optimizer then"
             )
-    return found
+    return [o for o in known_optimizers([*given, *others]) if any(id(p) in mine for p in _parameters(o))]
 
 
 def _parameters(optimizer: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,21 +13,20 @@ from torch.optim import Optimizer
 from torch_meanfield.convert import convert
 from torch_meanfield.convert.example_input import example_for
 from torch_meanfield.convert.fold import unconvert_
-from torch_meanfield.depth.shortening import check_keeps, keep_
-from torch_meanfield.pruning.averaged import Average, averages_in, follow_given
+from torch_meanfield.pruning.averaged import averages_in, follow_given
 from torch_meanfield.pruning.batches import Batch, read_batches
-from torch_meanfield.pruning.blocks import Block, blocks_of, is_converted, layers_by_name
+from torch_meanfield.pruning.blocks import Block, is_converted, layers_by_name
+from torch_meanfield.pruning.carrying_out import Company, Plan, carry_out_, check_plan
 from torch_meanfield.pruning.check import Example, outputs_of, with_steps_at_zero
 from torch_meanfield.pruning.choice import check_asked, gone_of, needs_order, order_of
 from torch_meanfield.pruning.constructor import constructor_of
 from torch_meanfield.pruning.latency import fewest_for, seconds_of
 from torch_meanfield.pruning.norms import reestimate_norms_
 from torch_meanfield.pruning.notes import notes_on
-from torch_meanfield.pruning.owners import let_go_, optimizers_of, schedulers_of
+from torch_meanfield.pruning.owners import optimizers_of, schedulers_of
 from torch_meanfield.pruning.refusals import check_free
 from torch_meanfield.pruning.report import PruneReport
 from torch_meanfield.pruning.scores import DepthScores, depth_scores, scorable
-from torch_meanfield.pruning.taking_out import take_out_
 
 
 def prune_depth_(
@@ -100,7 +100,10 @@ def prune_depth_(
         example = Example.of(model, read)
         follow_given(model, averages)
         gone, seconds = _chosen(model, remove, keep, to_latency, scores, read, example)
-        report = _carry_out(model, gone, read, trainers, drivers, averages, example, seconds, undo)
+        company = Company(trainers, drivers, averages_in(model, averages))
+        report = _carried_out(model, Plan.of(model, gone), company, read, example, undo)
+        if seconds is not None and example is not None:
+            report = replace(report, latency=(seconds, seconds_of(model, example)))
         undo.pop_all()
     return report
 
@@ -142,64 +145,38 @@ def _chosen(
     return gone_of(count, None, order, blocks), seconds
 
 
-def _carry_out(
+def _carried_out(
     model: nn.Module,
-    gone: Sequence[Block],
+    plan: Plan,
+    company: Company,
     batches: Sequence[Batch],
-    optimizers: Sequence[Optimizer],
-    schedulers: Sequence[Any],
-    averages: Any,
     example: Example | None,
-    seconds: float | None,
     undo: ExitStack,
 ) -> PruneReport:
-    blocks, layers, copies = blocks_of(model), layers_by_name(model), averages_in(model, averages)
-    names = {b.name for b in gone}
-    kept = {name: [b.slot for b in blocks if b.layer == name and b.name not in names] for name in layers}
-    for name, layer in layers.items():
-        check_keeps(layer, kept[name], optimizers)
-    sizes = {name: len(layer) for name, layer in layers.items()}
-    last = {b.name for b in blocks if b.slot >= len(kept[b.layer])}  # whose modules go
-    parameters = _count(model)
-    before = None if example is None else with_steps_at_zero(model, kept, example)
-    lost: list[Tensor] = []
-    for name, layer in layers.items():
-        if len(kept[name]) < sizes[name]:
-            lost += keep_(layer, kept[name], optimizers, undo=undo)
-            lost += [] if kept[name] else list(layer.tau_axis.parameters())
-    places = [b for b in blocks if b.name not in last]
-    renamed = _take_out_everywhere_(model, [b for b in blocks if b.name in last], copies, undo)
-    followed = sum([let_go_(o, lost, schedulers, undo) for o in optimizers])
-    difference = None if before is None or example is None else _compared(model, before, example, gone)
-    norms = sum(reestimate_norms_(m, batches, undo) for m in (model, *(a.root for a in copies)) if batches)
-    latency = None if seconds is None or example is None else (seconds, seconds_of(model, example))
+    check_plan(model, plan, company)
+    size = _count(model)
+    before = None if example is None else with_steps_at_zero(model, plan.slots, example)
+    renamed, followed = carry_out_(model, plan, company, undo)
+    difference = None if before is None or example is None else _compared(model, before, example, plan)
+    averaged = [average.root for average in company.averages]
+    norms = sum(reestimate_norms_(m, batches, undo) for m in (model, *averaged) if batches)
     constructor = constructor_of(model)
     return PruneReport(
-        removed=tuple(b.name for b in gone),
-        kept=tuple(b.name for b in blocks if b.name not in names),
-        names=tuple(renamed.get(b.name, b.name) for b in places),
-        layers={name: (sizes[name], len(kept[name])) for name in layers},
-        parameters=(parameters, _count(model)),
+        removed=tuple(b.name for b in plan.blocks if b.name in plan.gone),
+        kept=tuple(b.name for b in plan.blocks if b.name not in plan.gone),
+        names=tuple(renamed.get(b.name, b.name) for b in plan.places),
+        layers={name: (was, len(plan.slots[name])) for name, was in plan.sizes.items()},
+        parameters=(size, _count(model)),
         difference=difference,
         constructor=constructor,
-        latency=latency,
         norms=norms,
         optimizers=followed,
-        averages=len(copies),
+        averages=len(averaged),
         notes=notes_on(model, difference, constructor, norms),
     )
 
 
-def _take_out_everywhere_(
-    model: nn.Module, last: Sequence[Block], copies: Sequence[Average], undo: ExitStack
-) -> dict[str, str]:
-    units = [unit for b in last for unit in b.units]
-    for copy in copies:
-        take_out_(copy.root, [copy.name(u) for u in units if u.startswith(copy.prefix)], undo)
-    return take_out_(model, units, undo)
-
-
-def _compared(model: nn.Module, before: list[Tensor], example: Example, gone: Sequence[Block]) -> float:
+def _compared(model: nn.Module, before: list[Tensor], example: Example, plan: Plan) -> float:
     """Largest relative difference to the outputs ``before``, or an error if the model does not run any more."""
     try:
         after = outputs_of(model, example)
@@ -207,7 +184,7 @@ def _compared(model: nn.Module, before: list[Tensor], example: Example, gone: Se
             raise RuntimeError(f"outputs of shape {[tuple(t.shape) for t in after]}")
     except Exception as error:
         raise ValueError(
-            f"prune_depth_: {type(model).__name__} does not run without {', '.join(b.name for b in gone)} "
+            f"prune_depth_: {type(model).__name__} does not run without {', '.join(sorted(plan.gone))} "
             f"({type(error).__name__}: {error}); its forward asks for these modules by name or number"
         ) from error
     worst, largest = 0.0, 0.0

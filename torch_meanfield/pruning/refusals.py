@@ -15,7 +15,6 @@ _AFTER = "prune first, and wrap or compile what is left"
 _WRAPPERS = {
     "DistributedDataParallel": "DDP keeps buckets of its parameters",
     "FullyShardedDataParallel": "FSDP keeps flat shards of its parameters",
-    "DataParallel": "DataParallel keeps replicas",
 }
 
 
@@ -48,7 +47,7 @@ def check_free(model: nn.Module) -> None:
 
 
 def _holding_kinds() -> list[type]:
-    return [nn.parallel.DistributedDataParallel, nn.DataParallel, *compiled_modules()]
+    return [nn.parallel.DistributedDataParallel, *compiled_modules()]
 
 
 def _modules(holder: Any) -> list[nn.Module]:

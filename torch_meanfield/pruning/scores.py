@@ -98,7 +98,7 @@ class DepthScores:
 
 def depth_scores(
     model: nn.Module,
-    batches: Iterable[Any] = (),
+    batches: Iterable[Any] | None = None,
     *,
     by: Criterion = "greedy",
     loss: Loss | None = None,
@@ -148,7 +148,8 @@ def depth_scores(
         raise TypeError(f"depth_scores: model must be a torch.nn.Module, got {type(model).__name__}")
     if by not in get_args(Criterion):
         raise ValueError(f"depth_scores: by must be one of {', '.join(map(repr, get_args(Criterion)))}, got {by!r}")
-    read = [] if by == "step" else read_batches(batches, model, "depth_scores")
+    unread = by == "step" and (batches is None or is_converted(model))
+    read = [] if unread else read_batches(() if batches is None else batches, model, "depth_scores")
     criterion = checked_loss(loss, read, "depth_scores") if by in ("greedy", "leave_one_out", "fisher") else None
     scored = model if is_converted(model) else converted_copy(model, read)
     blocks = scorable(scored, "depth_scores")

@@ -81,16 +81,17 @@ def _rename_record(owner: nn.Module, before: dict[str, nn.Module], undo: ExitSta
         return now.get(id(before[name])) if name in before else name
 
     def stage(report: StageReport) -> StageReport | None:
-        if renamed(report.name) is None:
+        name = renamed(report.name)
+        if name is None:
             return None
-        size = len(owner.get_submodule(report.name))  # type: ignore[arg-type]
+        size = len(owner.get_submodule(name))  # type: ignore[arg-type]
         particles = tuple(tuple(renamed(part) or part for part in parts) for parts in report.particles[:size])
         parameters = []
         for path, power in report.parameters:
-            module, _, name = path.rpartition(".")
+            module, _, own = path.rpartition(".")
             theirs = renamed(module)
-            parameters += [] if theirs is None else [(f"{theirs}.{name}".lstrip("."), power)]
-        return replace(report, particles=particles, parameters=tuple(parameters))
+            parameters += [] if theirs is None else [(f"{theirs}.{own}".lstrip("."), power)]
+        return replace(report, name=name, particles=particles, parameters=tuple(parameters))
 
     stages = tuple(s for s in map(stage, record.report.stages) if s is not None)
     fixed = tuple(replace(f, name=renamed(f.name) or f.name) for f in record.report.fixed)
