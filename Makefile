@@ -7,7 +7,7 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := torch_meanfield recipes tests benchmarks tools docs
+SOURCES := torch_meanfield recipes tests benchmarks tools docs/conf.py docs/_ext docs/tutorials
 
 .PHONY: help install demo test test-oldest coverage mutation soak lint format format-check types zoo build docs docs-links clean
 

@@ -9,8 +9,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-# docs/extending.md is run by tests/test_layout.py; in docs/theory/README.md the reader's model is meant.
-ELSEWHERE = {"docs/extending.md", "docs/theory/README.md"}
+# docs/extending.md is run by tests/test_layout.py, docs/pruning.md by tests/pruning/; in docs/theory/README.md the
+# reader's model is meant.
+ELSEWHERE = {"docs/extending.md", "docs/pruning.md", "docs/theory/README.md"}
 NEEDS = {"docs/loops.md": ("lightning", "accelerate"), "docs/converting.md": ("timm",), "README.md": ("timm",)}
 
 
