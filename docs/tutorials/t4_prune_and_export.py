@@ -12,6 +12,10 @@ network for any runtime.
 #
 # A small timm ViT with eight blocks, converted, and trained on digits.
 
+import tempfile
+from pathlib import Path
+
+import onnxruntime
 import timm
 import torch
 from matplotlib import pyplot as plt
@@ -83,13 +87,10 @@ print(f"three blocks fewer: {pruned:.1f} % wrong, {error(model):.1f} % after a l
 # into.
 
 plain = fold(model).eval()
-torch.onnx.export(
-    plain, (images[:8],), "pruned.onnx", input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
-)
-
-import onnxruntime  # noqa: E402  # here, where it is needed
-
-session = onnxruntime.InferenceSession("pruned.onnx")
+path = Path(tempfile.mkdtemp()) / "pruned.onnx"
+names = {"input_names": ["images"], "output_names": ["logits"]}
+torch.onnx.export(plain, (images[:8],), path, dynamo=True, verbose=False, **names)
+session = onnxruntime.InferenceSession(path)
 (logits,) = session.run(None, {"images": images[:8].numpy()})
 with torch.no_grad():
     apart = (torch.from_numpy(logits) - model.eval()(images[:8])).abs().max().item()
