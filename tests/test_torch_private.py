@@ -156,6 +156,14 @@ def test_may_compile_only_once_the_compiler_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_modules_that_were_compiled_are_told():
+    module = nn.Linear(2, 2)
+    assert not _torch.is_compiled(module)
+    module.compile(backend="eager")
+    assert _torch.is_compiled(module)
+    assert [isinstance(torch.compile(nn.Linear(2, 2), backend="eager"), k) for k in _torch.compiled_modules()] == [True]
+
+
 def test_never_compiled_breaks_the_graph():
     untraced = _torch.never_compiled(lambda x: x + 1)
     with pytest.raises(RuntimeError, match="(?i)disable|unsupported|graph break"):

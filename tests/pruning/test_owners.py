@@ -11,7 +11,16 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.convert.networks import CifarResNet, images, stack, tokens
-from torch_meanfield import BirthDeathOptimizer, MeanFieldResNet, conversion_report, convert, follow, prune_depth_
+from torch_meanfield import (
+    BirthDeathOptimizer,
+    MeanFieldResNet,
+    conversion_report,
+    convert,
+    depth_scores,
+    follow,
+    prune_depth_,
+)
+from torch_meanfield.record import TauRecorder
 
 GONE = {"groups.0.1", "groups.1.2", "groups.2.1", "groups.2.2"}
 OPTIMIZERS = {
@@ -265,6 +274,15 @@ def test_scores_made_before_another_removal_are_refused():
     )
 
 
+def test_scores_of_a_wider_model_are_refused():
+    torch.manual_seed(0)
+    scores = depth_scores(convert(CifarResNet(blocks=3, width=16), images()), by="step")
+    model = network()
+    nothing_changed(
+        model, lambda: prune_depth_(model, remove=2, scores=scores), ValueError, "of another model: its block"
+    )
+
+
 def test_what_holds_the_model_is_refused_by_name(tmp_path):
     model, gone = network(), {"groups.0.1"}
 
@@ -370,3 +388,15 @@ def test_the_stage_of_a_pruned_model_goes_on_re_sorting():
     stage.tau_axis.offset.grad = -torch.tensor([1.5, 0.0, 0.0])
     optimizer.step()
     assert stage.tau.tolist() == [2.0, 2.5, 3.0] and torch.equal(model.body[0].outer.weight, weights[1])
+
+
+def test_a_recorder_that_knew_more_blocks_says_that_another_is_to_be_made():
+    model = network()
+    with TauRecorder(model) as recorder:
+        recorder.record(0)
+        prune_depth_(model, remove={"groups.0.1"})
+        with pytest.raises(ValueError, match="has 2 blocks, and had 3 .* make another"):
+            recorder.record(1)
+    with TauRecorder(model) as recorder:
+        recorder.record(1)
+        assert len(recorder.trajectories["mean_field_groups_0"].tau[0]) == 2

@@ -108,6 +108,30 @@ def test_pruning_twice_is_pruning_once():
     assert [s.particles for s in conversion_report(once)] == [s.particles for s in conversion_report(twice)]
 
 
+def test_blocks_of_several_modules_keep_their_names_down_to_the_last():
+    class Pairs(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(6), nn.Linear(6, 6)]) for _ in range(depth))
+
+        def forward(self, x):
+            for norm, branch in self.layers:
+                x = x + branch(norm(x))
+            return x
+
+    torch.manual_seed(0)
+    model, x = convert(Pairs(4), tokens()), tokens()
+    first = copy.deepcopy(model.layers[2].state_dict())
+    report = prune_depth_(model, remove={"layers.0", "layers.1.1"})  # a part names its block
+    assert report.removed == ("layers.0", "layers.1") and report.names == ("layers.0", "layers.1")
+    report = prune_depth_(model, keep={"layers.0"})
+    assert report.kept == ("layers.0",) and [n for n, _ in depth_scores(model, by="step")] == ["layers.0"]
+    plain = Pairs(1)
+    plain.load_state_dict(fold(model).state_dict(), strict=True)
+    assert all(torch.equal(v, plain.layers[0].state_dict()[k]) for k, v in first.items())
+    assert torch.equal(plain(x), model(x))
+
+
 def test_fixed_blocks_behind_a_stage_are_counted_anew():
     class Wide(nn.Module):
         def __init__(self, hidden: int) -> None:

@@ -221,6 +221,7 @@ def test_a_loss_of_ones_own_and_batches_of_keywords():
         (None, {"batches": [(images(0), torch.zeros(0).long())]}, ValueError, "holds no sample"),
         (None, {"batches": [(images(2), torch.zeros(3).long())]}, ValueError, "the loss failed"),
         (None, {"batches": [(images(2), [0, 1])]}, ValueError, "are a list, not a tensor"),
+        (None, {"batches": [(images(2), torch.zeros(2).long(), 1)]}, ValueError, "holds 3 things"),
         (None, {"loss": "mse"}, TypeError, "loss must be a function"),
         (None, {"loss": lambda out, y: out}, TypeError, "one number"),
     ],

@@ -45,6 +45,11 @@ def read_batches(batches: Any, model: nn.Module, caller: str) -> list[Batch]:
     device = None if parameter is None else parameter.device
     found = []
     for i, batch in enumerate(batches):
+        if isinstance(batch, (tuple, list)) and len(batch) > 2:
+            raise ValueError(
+                f"{caller}: batch {i} holds {len(batch)} things; pass (inputs, targets), with inputs a tuple where the "
+                f"model takes several"
+            )
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         inputs, targets = batch if pair else (batch, batch if isinstance(batch, Mapping) else None)
         inputs = inputs[0] if isinstance(inputs, list) and len(inputs) == 1 else inputs

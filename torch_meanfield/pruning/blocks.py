@@ -66,7 +66,7 @@ def _of_layer(model: nn.Module, name: str, layer: MeanFieldLayer) -> Iterator[Bl
     mine = named_tensors(layer).values()
     outside = getattr(layer, "outside", ()) or (False,) * len(members[0])
     for slot, parts in enumerate(members):
-        units = _units(parts, depth, modules, {id(t) for t in mine}) if len(members) > 1 else parts
+        units = _units(parts, depth if len(members) > 1 else depth - 1, modules, {id(t) for t in mine})
         first = units[0]
         yield Block(first, parts, name, slot, units, outside)
 
@@ -76,7 +76,8 @@ def _units(parts: tuple[str, ...], depth: int, modules: dict[str, nn.Module], st
     around = {".".join(part.split(".")[: depth + 1]) for part in parts}
     theirs = {id(t) for part in parts for t in named_tensors(modules[part]).values()} | stage
     inside = {id(t) for name in around for t in named_tensors(modules[name]).values()}
-    return tuple(sorted(around, key=list(modules).index)) if len(around) == 1 and inside <= theirs else parts
+    numbered = all(name[-1:].isdecimal() for name in around)  # one of several, not what holds them
+    return tuple(around) if len(around) == 1 and numbered and inside <= theirs else parts
 
 
 def size_of(model: nn.Module, block: Block) -> int:

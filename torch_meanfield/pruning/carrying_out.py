@@ -77,5 +77,7 @@ def carry_out_(model: nn.Module, plan: Plan, company: Company, undo: ExitStack) 
     for average in company.averages:
         take_out_(average.root, [average.name(u) for u in units if u.startswith(average.prefix)], undo)
     renamed = take_out_(model, units, undo)
+    left = {id(p) for p in model.parameters()}  # something that blocks share with what stays
+    lost = [t for t in lost if id(t) not in left]
     followed = [let_go_(optimizer, lost, company.schedulers, undo) for optimizer in company.optimizers]
     return renamed, sum(followed)

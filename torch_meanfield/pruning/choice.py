@@ -6,7 +6,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch_meanfield.pruning.blocks import Block
+from torch import nn
+
+from torch_meanfield.pruning.blocks import Block, size_of
 from torch_meanfield.pruning.scores import DepthScores
 
 
@@ -43,12 +45,13 @@ def needs_order(remove: Any, keep: Any, to_latency: Any) -> bool:
     return to_latency is not None or _is_count(remove) or _is_count(keep)
 
 
-def order_of(scores: Any, blocks: Sequence[Block]) -> list[Block]:
+def order_of(scores: Any, blocks: Sequence[Block], model: nn.Module) -> list[Block]:
     """``blocks`` in the order in which they are to go.
 
     Args:
         scores: a :class:`.DepthScores`, or a number for each name.
         blocks: all blocks of the model.
+        model: what they are of.
 
     Raises:
         TypeError: neither. ValueError: scores of another model, or a score that is no number.
@@ -73,6 +76,13 @@ def order_of(scores: Any, blocks: Sequence[Block]) -> list[Block]:
             f"prune_depth_: scores are of another model (or were made before it was pruned): they hold {what}; call "
             f"depth_scores(model, ...) on this one"
         )
+    for entry in scores.entries if isinstance(scores, DepthScores) else ():
+        here = size_of(model, by_name[entry.name])
+        if entry.parameters != here:
+            raise ValueError(
+                f"prune_depth_: scores are of another model: its block {entry.name!r} has {entry.parameters} "
+                f"parameters, and that of this model {here}; call depth_scores(model, ...) on this one"
+            )
     return [by_name[name] for name in order]
 
 

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,8 +90,9 @@ def _told_by(model: Any) -> dict[str, Any]:
     for key, kind in (("num_classes", int), ("in_chans", int), ("global_pool", str)):
         if isinstance(getattr(model, key, None), kind):
             told[key] = getattr(model, key)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if isinstance(size, (tuple, list)):
+    sizes = (getattr(m, "img_size", None) for m in model.modules())  # of what cuts the image
+    size = next((s for s in sizes if isinstance(s, (tuple, list))), None)
+    if size is not None:
         told["img_size"] = tuple(size) if len({*size}) > 1 else size[0]
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None and first.groups == 1 and first.in_channels <= 4:
@@ -216,4 +218,8 @@ def _call(function: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
             continue
         text = value.__name__ if isinstance(value, type) else repr(value)
         parts.append(f"{key}={text if len(text) < 60 else '...'}")
-    return Constructor(f"{name}({', '.join(parts)})", lambda: function(*args, **_own(kwargs)))
+    return Constructor(f"{name}({', '.join(parts)})", partial(_made, function, tuple(args), dict(kwargs)))
+
+
+def _made(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return function(*args, **_own(kwargs))

@@ -8,7 +8,7 @@ from torch_meanfield.pruning.blocks import Block
 from torch_meanfield.pruning.passes import Passes
 from torch_meanfield.pruning.progress import Progress
 
-LOOKS = 4  # blocks that are tried in any round
+LOOKS = 3  # blocks that are tried in any round
 
 
 def greedy_order(
@@ -33,7 +33,7 @@ def greedy_order(
             waiting = sorted(left, key=lambda b: bounds[b.name])
             found: dict[str, float] = {}
             while waiting:
-                count = sum(bounds[b.name] == float("-inf") for b in waiting) or (LOOKS if not found else LOOKS // 2)
+                count = sum(bounds[b.name] == float("-inf") for b in waiting) or (LOOKS if not found else 1)
                 base, without = runs.losses_without(order, waiting[:count])
                 whole = whole if order else base
                 found |= without

@@ -98,8 +98,8 @@ def prune_depth_(
         if not is_converted(model):
             _convert_(model, read, undo)
         example = Example.of(model, read)
-        follow_given(model, averages)
         gone, seconds = _chosen(model, remove, keep, to_latency, scores, read, example)
+        follow_given(model, averages)
         company = Company(trainers, drivers, averages_in(model, averages))
         report = _carried_out(model, Plan.of(model, gone), company, read, example, undo)
         if seconds is not None and example is not None:
@@ -136,7 +136,7 @@ def _chosen(
                 "depth_scores(model, batches), or batches=, or the names of the blocks"
             )
         scores = depth_scores(model, [(b.inputs, b.targets) for b in batches], progress=False)
-    order = order_of(scores, blocks)
+    order = order_of(scores, blocks, model)
     if to_latency is None:
         return gone_of(remove, keep, order, blocks), None
     if example is None:

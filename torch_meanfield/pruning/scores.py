@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -65,7 +65,6 @@ class DepthScores:
     samples: int = 0
     passes: float = 0.0
     seconds: float = 0.0
-    model: str = field(default="", repr=False)
 
     def __iter__(self) -> Iterator[tuple[str, float]]:
         return ((e.name, e.score) for e in self.entries)
@@ -176,7 +175,7 @@ def depth_scores(
         order = tuple(e.name for e in sorted(entries, key=lambda e: e.score))
     samples = sum(b.size for b in read)
     seconds = time.perf_counter() - start
-    return DepthScores(by, entries, order, whole, samples, passes, seconds, type(model).__name__)
+    return DepthScores(by, entries, order, whole, samples, passes, seconds)
 
 
 def scorable(model: nn.Module, caller: str) -> list[Block]:

@@ -115,10 +115,19 @@ class TauRecorder:
         )
 
     def record(self, step: int) -> None:
-        """Record the positions after ``step`` optimizer steps; a step is recorded once."""
+        """Record the positions after ``step`` optimizer steps; a step is recorded once.
+
+        Raises:
+            ValueError: a layer has lost blocks since the recorder was made.
+        """
         self.taken = step
         for name, layer in self._layers.items():
             trajectory = self.trajectories[name]
+            if len(layer) != len(trajectory.who):
+                raise ValueError(
+                    f"TauRecorder: {name or type(layer).__name__} has {len(layer)} blocks, and had "
+                    f"{len(trajectory.who)} when this recorder was made; after prune_depth_ make another one"
+                )
             if trajectory.steps and trajectory.steps[-1] >= step:
                 continue
             # By slot: with automatic re-sorting off, that is not the order of tau, which `layer.tau` has.
