@@ -76,6 +76,8 @@ def test_the_tutorials_end_with_a_picture_and_name_their_subject():
     for path in scripts:
         text = path.read_text()
         assert re.match(r'"""\n(.+)\n=+\n', text) and "plt.show()" in text, path.name
+        ours = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and "meanfield" in str(n.module)]
+        assert ours and all(resolved(f"{n.module}.{alias.name}") for n in ours for alias in n.names), path.name
 
 
 def test_the_release_is_consistent():
