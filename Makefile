@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+DOCS ?= .venv-docs
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := torch_meanfield recipes tests benchmarks tools
+SOURCES := torch_meanfield recipes tests benchmarks tools docs/conf.py docs/_ext docs/tutorials
 
-.PHONY: help install demo test test-oldest coverage mutation soak lint format format-check types zoo build clean
+.PHONY: help install demo test test-oldest coverage mutation soak lint format format-check types zoo build docs docs-links clean
 
 help:
-	@echo "make demo   train the vanilla twin and mean-field ResNets on digits; table and picture in runs/demo"
+	@echo "make demo   a network that goes on learning where its twin stops, and blocks that change places; runs/demo"
 	@echo "make test   run the tests"
 	@echo "make test-oldest   run them on the oldest versions that setup.cfg admits, in an environment of their own"
 	@echo "make coverage   run them and fail if they reach less than 95 % of the package's lines"
@@ -19,7 +20,9 @@ help:
 	@echo "make soak   kills, overflows, 100,000 steps, mutated files at length; benchmarks/results/soak.md"
 	@echo "make lint   ruff          make format   ruff format          make types   mypy --strict on the package"
 	@echo "make zoo    convert every model of timm and torchvision; benchmarks/results/zoo*.csv"
-	@echo "make build  wheel and source archive in dist/"
+	@echo "make build  wheel and source archive in dist/, checked"
+	@echo "make docs   the site, in an environment of its own; docs/_build/html/index.html"
+	@echo "make docs-links   the links that lead out of it"
 	@echo "make clean  remove the environment and everything that was built"
 	@echo "PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV)"
 
@@ -77,9 +80,29 @@ zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/zoo.py --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/zoo.py --workers $(WORKERS) --library torchvision
 
+# The wheel is built from the source archive, compared with one built from the tree, and installed beside torch alone.
 build: $(STAMP)
+	rm -rf dist build
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tools/release.py consistent
+	$(BIN)/python tools/release.py dist
+
+# Pages, API, executed tutorials in docs/_build/html; a warning or a link that leads nowhere within the site is an error.
+docs: $(DOCS)/.installed
+	OMP_NUM_THREADS=1 $(DOCS)/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+# Links to other sites: needs a network.
+docs-links: $(DOCS)/.installed
+	OMP_NUM_THREADS=1 $(DOCS)/bin/python -m sphinx -D plot_gallery=0 -b linkcheck docs docs/_build/links
+
+$(DOCS)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* mutants
+	rm -rf $(VENV) $(OLDEST) $(DOCS) docs/_build docs/auto_tutorials docs/auto_charts build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* mutants
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -26,6 +26,32 @@ except ModuleNotFoundError:
     assert out == "timm is hidden\n"
 
 
+def test_what_needs_another_package_names_the_extra_to_install():
+    code = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: (
+    None if name.split(".")[0] in {"timm", "lightning", "matplotlib"} else find(name, path, target)
+)
+import importlib
+import torch
+from torch_meanfield.theory import diagnose
+
+net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+wanted = [lambda n=n: importlib.import_module("torch_meanfield." + n) for n in ("lightning", "models.timm")]
+for need in (*wanted, diagnose(net, torch.randn(4, 3)).plot):
+    try:
+        need()
+    except ImportError as error:
+        print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [line.split("pip install ")[1] for line in out] == [
+        f"'torch-meanfield[{extra}]'" for extra in ("lightning", "timm", "plot")
+    ]
+
+
 def test_importing_the_package_imports_none_of_its_extras():
     extras = {"timm", "lightning", "matplotlib", "torch._dynamo"}
     code = f"import sys, torch_meanfield; print({extras} & sys.modules.keys())"

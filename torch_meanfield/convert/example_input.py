@@ -31,7 +31,10 @@ def example_for(model: nn.Module, example_input: Any, caller: str) -> Any:
     channels = getattr(model, "in_chans", channels)
     first = next(model.parameters(), None)
     if first is None:
-        raise ValueError(f"{caller}: {type(model).__name__} has no parameters, so there is nothing to convert")
+        raise ValueError(
+            f"{caller}: {type(model).__name__} has no parameters, so there is nothing to convert; pass the "
+            "network itself"
+        )
     return noise(torch.Size((1, channels, *space)), first)
 
 

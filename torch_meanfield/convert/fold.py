@@ -50,7 +50,10 @@ def fold(model: Model, example_input: Any = None) -> Model:
         raise ValueError("fold: model is folded already; fold the converted model it came from")
     refused = [s.name for s in report.stages if not s.foldable]
     if refused:
-        raise ValueError(f"fold: the branches of {refused} were converted with foldable=False and cannot be folded")
+        raise ValueError(
+            f"fold: the branches of {refused} were converted with foldable=False and cannot be folded; train and "
+            f"save the converted model, or convert without foldable=False, which leaves these blocks as they are"
+        )
     _check_plain(model)
     folded = deepcopy(model)
     _fold_(folded)
@@ -141,7 +144,8 @@ def fold_error(model: nn.Module, folded: nn.Module, example: Any) -> float:
         if scaled:
             raise ValueError(
                 f"fold: {next(iter(scaled.values()))} did not run on the example, so the step of its block acts on "
-                f"nothing; a forward that goes past it was given to the block"
+                f"nothing; a forward that goes past it was given to the block; undo that, then fold, or pass "
+                f"an example_input that reaches it"
             )
     worst, largest = 0.0, 0.0
     for mine, theirs in zip(*outputs, strict=True):

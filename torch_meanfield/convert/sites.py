@@ -183,7 +183,10 @@ def attach(module: nn.Module, site: Site) -> None:
         TypeError: a module that does not run in Python (a scripted one).
     """
     if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(f"a step cannot act on a scripted module ({type(module).__name__})")
+        raise TypeError(
+            f"a step cannot act on a scripted module ({type(module).__name__}); convert before torch.jit.script, or "
+            f"leave its block out (exclude=)"
+        )
     under = module.__dict__.get("forward")
     while isinstance(under, Site):  # of the copy of a stage that came with the copy of a layer
         under = under.under

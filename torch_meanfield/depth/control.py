@@ -59,7 +59,7 @@ def layers_of(model: nn.Module, caller: str) -> list[MeanFieldLayer]:
     if not layers:
         raise ValueError(
             f"{caller}: {type(model).__name__} holds no MeanFieldSequential or converted stage, so there is nothing to "
-            f"sort"
+            f"sort; pass the model that holds one"
         )
     for layer in layers:
         layer.check_untied(model)

@@ -280,7 +280,7 @@ def check_tau_entries(state_dict: Mapping[str, Any], prefix: str) -> None:
         key = f"{prefix}tau_axis.{name}"
         value = state_dict.get(key)
         if isinstance(value, Tensor) and value.layout != torch.strided:
-            raise ValueError(f"state_dict[{key!r}] is {value.layout}; a tau is an ordinary tensor")
+            raise ValueError(f"state_dict[{key!r}] is {value.layout}; a tau is an ordinary (dense, strided) tensor")
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(whole(value).isfinite().all()):
             raise ValueError(f"state_dict[{key!r}] is not finite; the checkpoint is damaged, take an earlier one")
 

@@ -6,6 +6,14 @@ How anything is decided or moved is not known here.
 
 import sys
 
+try:
+    import lightning.pytorch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "torch_meanfield.lightning needs Lightning, which is not installed: pip install 'torch-meanfield[lightning]'",
+        name=error.name,
+    ) from error
+
 from torch_meanfield.lightning.births import BirthDeathMonitor as BirthDeathMonitor
 from torch_meanfield.lightning.monitor import MeanFieldMonitor as MeanFieldMonitor
 from torch_meanfield.lightning.resume.exact_resume import ExactResume as ExactResume

@@ -24,7 +24,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+try:
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "torch_meanfield.models.timm needs timm, which is not installed: pip install 'torch-meanfield[timm]'",
+        name=error.name,
+    ) from error
 
 from torch_meanfield.models.resnet import MeanFieldResNet
 

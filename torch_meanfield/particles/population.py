@@ -76,7 +76,10 @@ class Population:
             ValueError: the population has no owner, or ``copy`` lacks a tensor of the owner's name.
         """
         if self.owner is None:
-            raise ValueError(f"{self.name}: a population without an owner cannot be found inside another module")
+            raise ValueError(
+                f"{self.name}: a population without an owner cannot be found inside another module; make it with "
+                f"owner=, the module that holds its tensors"
+            )
         names = {id(t): n for n, t in named_tensors(self.owner).items()}
         theirs = named_tensors(copy)
 

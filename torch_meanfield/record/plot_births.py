@@ -38,7 +38,10 @@ def plot_births(turnovers: Mapping[str, BirthRecord], title: str | None = None, 
         raise ValueError("plot_births: turnovers is empty; pass one for each population")
     for name, record in turnovers.items():
         if not record.steps:
-            raise ValueError(f"plot_births: the record of {name!r} is empty; no event was due yet")
+            raise ValueError(
+                f"plot_births: the record of {name!r} is empty; no event was due yet: train for more "
+                "steps, or lower every= of the BirthDeathOptimizer"
+            )
     figure = new_figure("plot_births", 10.5, 4.2, title, details)
     over_time, histogram = figure.subplots(1, 2)
     busiest = sorted(turnovers, key=lambda name: -sum(turnovers[name].killed))[:NAMED]

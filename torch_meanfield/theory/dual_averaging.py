@@ -64,7 +64,9 @@ class ParticleDualAveraging(LangevinOptimizer):
     ) -> None:
         super().__init__(params, lr, temperature=temperature, weight_decay=weight_decay, particles=particles, seed=seed)
         if float(temperature) == 0:
-            raise ValueError("temperature must be positive: the average is sampled, not minimised")
+            raise ValueError(
+                f"temperature must be positive, got {temperature!r}: the average is sampled, not minimised"
+            )
         if isinstance(inner_steps, bool) or not isinstance(inner_steps, int):
             raise TypeError(f"inner_steps must be an integer, got {inner_steps!r}")
         if inner_steps < 1:

@@ -145,14 +145,18 @@ def _check_output(model: nn.Module, out: Any, pair: Tensor) -> None:
     if out.dim() == 0 or out.shape[0] != 2:
         raise ValueError(f"the model must return (B, ...) for B samples; for two it returned shape {tuple(out.shape)}")
     if not out.requires_grad:
-        raise ValueError("the output depends on no parameter that requires a gradient")
+        raise ValueError(
+            "the output depends on no parameter that requires a gradient; call requires_grad_(True) on some"
+        )
     if not out.is_floating_point():
         raise ValueError(f"the output must be real, its dtype is {out.dtype}")
     with torch.no_grad():
         alone = model(pair[:1])
     scale = out.detach().abs().max()
     if not torch.isfinite(scale):
-        raise ValueError("the output of the first and the last sample is not finite")
+        raise ValueError(
+            "the output of the first and the last sample is not finite; look at x and at the model's weights"
+        )
     if (alone - out.detach()[:1]).abs().max() > 1e-3 * scale + 1e-12:
         raise ValueError(
             "a sample's output changes with the rest of its batch (batch norm without running statistics?): such a "

@@ -113,7 +113,8 @@ class ExactResume(Callback):
         if not state:
             warnings.warn(
                 "ExactResume: the checkpoint was written without this callback and holds no generators: the resumed "
-                "run goes on, but not as the interrupted one would have",
+                "run goes on, but not as the interrupted one would have; the checkpoints that it writes can be "
+                "resumed exactly",
                 stacklevel=2,
             )
             return

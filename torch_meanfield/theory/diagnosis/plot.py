@@ -23,8 +23,16 @@ def draw(
     """Six panels under ``title`` and the worst findings.
 
     They show length, correlation, gradients, chi, dead units and potentials, and steps or the kernel's spectrum.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "plot needs matplotlib, which is not installed: pip install 'torch-meanfield[plot]'"
+        ) from error
 
     figure = Figure(figsize=(13, 6.4), layout="constrained")
     axes: Any = figure.subplots(2, 3)

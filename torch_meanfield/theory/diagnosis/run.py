@@ -79,7 +79,10 @@ def diagnose(
             output = copy(source.clone() if source.requires_grad else source)
         value, name = _loss(output, target, loss)
         if not value.requires_grad:
-            raise ValueError("the loss does not depend on any parameter that requires a gradient")
+            raise ValueError(
+                "the loss does not depend on any parameter that requires a gradient; is something detached, or "
+                "rounded to integers, between them?"
+            )
         value.backward(retain_graph=bool(stacks))  # type: ignore[no-untyped-call]
         traces = recorder.traces
         layers = [_layer(t, p) for t, p in zip(traces, predict(traces), strict=True)]
@@ -113,7 +116,7 @@ def _checked(model: Any, batch: Any, loss: Any, kernel_samples: Any) -> tuple[Te
             f"batch holds {len(x) if x.ndim else 0} input(s) (shape {tuple(x.shape)}); correlations need at least two"
         )
     if target is not None and len(target) != len(x):
-        raise ValueError(f"batch holds {len(x)} inputs and {len(target)} targets")
+        raise ValueError(f"batch holds {len(x)} inputs and {len(target)} targets; give one for each")
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         listed = ", ".join(sorted(map(str, devices)))
@@ -121,9 +124,15 @@ def _checked(model: Any, batch: Any, loss: Any, kernel_samples: Any) -> tuple[Te
     if devices and x.device not in devices:
         raise ValueError(f"batch is on {x.device}, the model on {next(iter(devices))}; move one of them")
     if not layers_of(model):
-        raise ValueError(f"{type(model).__name__} has no layer with weights: there is nothing to diagnose")
+        raise ValueError(
+            f"{type(model).__name__} has no layer with weights: there is nothing to diagnose; pass the network "
+            f"that holds them"
+        )
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("the model has no parameter that requires a gradient: there is nothing to train")
+        raise ValueError(
+            "the model has no parameter that requires a gradient: there is nothing to train; call "
+            "requires_grad_(True) on what is to be diagnosed"
+        )
     return x, target
 
 
@@ -148,7 +157,10 @@ def _loss(output: Any, target: Tensor | None, loss: Loss | None) -> tuple[Tensor
 def _first(output: Any) -> Tensor:
     found = [t for t in tensors_in(output) if t.is_floating_point()]
     if not found:
-        raise ValueError("the model's output holds no floating-point tensor to diagnose")
+        raise ValueError(
+            "the model's output holds no floating-point tensor to diagnose; wrap it in a module that returns one, "
+            "such as the logits"
+        )
     return found[0]
 
 

@@ -122,7 +122,8 @@ def check_owned(population: Neurons | Blocks, optimizer: Optimizer) -> None:
         if not c.tensor.is_floating_point() or c.tensor.is_meta or c.tensor.layout != torch.strided:
             raise ValueError(
                 f"{population.name}: a tensor of shape {tuple(c.tensor.shape)} is {c.tensor.dtype}, {c.tensor.layout} "
-                f"on {c.tensor.device}; units own dense floating-point tensors that hold data"
+                f"on {c.tensor.device}; units own dense floating-point tensors that hold "
+                f"data: move the model off the meta device, or leave it out"
             )
 
 

@@ -101,7 +101,7 @@ def _check_entry(
     for name in names.keys() - entry.keys():
         raise ValueError(f"{where} has no {name!r}, which others of its group have; the file is damaged")
     for name in known.keys() - entry.keys():
-        raise ValueError(f"{where} has no {name!r}, which this optimizer keeps")
+        raise ValueError(f"{where} has no {name!r}, which this optimizer keeps; it is of another optimizer")
     for name, value in entry.items():
         if value is None and (name == "momentum_buffer" or (names[name] and known.get(name) is None)):
             continue  # SGD has none before its second step

@@ -222,7 +222,10 @@ class Prover:
         twins = [self._twin(p) for p in populations]
         for p in populations:
             if not p.incoming:
-                raise ValueError(f"{p.name}: no column has the role 'in', so there is no part of it to permute alone")
+                raise ValueError(
+                    f"{p.name}: no column has the role 'in', so there is no part of it to permute alone; declare the "
+                    f"weights that make its units too"
+                )
         if literally:
             self._settle()  # on its own: the changes that are reported hold nothing but the permutation
         self._draw_constants(twins)

@@ -28,7 +28,10 @@ class Blocks:
 
     def __init__(self, module: nn.Module, name: str) -> None:
         if not isinstance(module, nn.Module) or not isinstance(module, Resampled):
-            raise TypeError(f"{name}: {type(module).__name__} is no layer whose blocks can die and be cloned")
+            raise TypeError(
+                f"{name}: {type(module).__name__} is no layer whose blocks can die and be cloned; that is a "
+                f"MeanFieldSequential or a converted stage, and neurons are declared as a list of (tensor, dim)"
+            )
         self.module, self.name = module, name
         self.size: int = module.population().size
         if self.size < 2:
