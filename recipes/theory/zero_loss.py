@@ -100,6 +100,7 @@ def main() -> None:
         label="c (1 / L - 1 / 256)",
     )
     middle.set(title="deviation from 256 layers", xlabel="L")
+    middle.set_xscale("log", base=2)
     for name, values in losses.items():
         right.semilogy(DT * torch.arange(len(values)), values, label=name)
     right.set(title="loss (median of nine)", xlabel="time")

@@ -100,6 +100,21 @@ def test_the_stack_and_the_process_stay_as_they_were():
         assert functional_gradient(layer, batch, layer[0], 1.0).ndim == 0
 
 
+def test_a_block_that_reads_nothing_has_no_slope_of_its_own():
+    """Constant blocks carry X along a line, p stays, and a constant candidate has one gradient at all times."""
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.ones_like(x)
+
+    where = trajectory(MeanFieldSequential(Constant(), Constant(), horizon=1.0), BATCH)
+    torch.testing.assert_close(where.states[2], BATCH[0] + 1)
+    assert torch.equal(where.adjoints[0], where.adjoints[2])
+    assert time_velocity(where, torch.ones_like, 0.3).item() == 0
+    slope = time_velocity(where, lambda x: x, 0.3).item()  # d/dt <p, X> = <p, 1>
+    assert slope == pytest.approx(where.adjoints[0].sum().item())
+
+
 def test_blocks_out_of_order_are_run_in_order():
     layer = uneven()
     layer.auto_resort = False

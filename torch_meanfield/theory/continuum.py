@@ -137,8 +137,7 @@ def trajectory(
         while outputs:
             p, output, state, step = adjoints[-1], outputs.pop(), states[len(outputs)], steps[len(outputs)]
             by_step.append((p * output.detach()).sum())
-            through = torch.autograd.grad(output, state, step.to(p.dtype) * p, allow_unused=True)[0]
-            adjoints.append(p if through is None else p + through)
+            adjoints.append(p + step.to(p.dtype) * pulled_back(output, state, p))
     begins, part = torch.cat([ends.new_zeros(1), ends[:-1]]), ends.new_tensor(range(1, substeps + 1)) / substeps
     inner = torch.lerp(begins[:, None], ends[:, None], part).flatten()
     return Trajectory(
@@ -198,6 +197,12 @@ def applied(block: Block, x: Tensor) -> Tensor:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"a block must keep the shape of a state, {tuple(x.shape)}; it returned {got}")
     return out
+
+
+def pulled_back(output: Tensor, state: Tensor, p: Tensor) -> Tensor:
+    """p times the Jacobian of ``output`` by ``state``; 0 for a block that does not read its input."""
+    found = torch.autograd.grad(output, state, p, allow_unused=True)[0] if output.requires_grad else None
+    return torch.zeros_like(p) if found is None else found
 
 
 def _checked(layer: object, batch: object, substeps: object, max_bytes: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torch_meanfield.depth import MeanFieldSequential
 from torch_meanfield.observe import undisturbed
-from torch_meanfield.theory.continuum import Block, Loss, Trajectory, applied
+from torch_meanfield.theory.continuum import Block, Loss, Trajectory, applied, pulled_back
 
 
 def time_velocity(where: Trajectory, theta: Block, t: float | Sequence[float] | Tensor) -> Tensor:
@@ -182,9 +182,5 @@ def _bracket(theta: Block, acting: Block, state: Tensor, adjoint: Tensor) -> Ten
     with torch.enable_grad():
         x = state.detach().requires_grad_()
         mine, theirs = applied(theta, x), applied(acting, x)
-        slopes = [torch.autograd.grad(out, x, adjoint, allow_unused=True)[0] for out in (mine, theirs)]
-    parts = [(g * other.detach()).sum() for g, other in zip(slopes, (theirs, mine), strict=True) if g is not None]
-    if len(parts) == 2:
-        return parts[0] - parts[1]
-    zero = adjoint.new_zeros(())
-    return zero if not parts else parts[0] if slopes[0] is not None else -parts[0]
+        slopes = [pulled_back(out, x, adjoint) for out in (mine, theirs)]
+    return (slopes[0] * theirs.detach() - slopes[1] * mine.detach()).sum()

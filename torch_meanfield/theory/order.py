@@ -20,6 +20,7 @@ from torch_meanfield.theory.exchange import probe_loss
 
 Batch = tuple[Tensor, Tensor]
 Move = tuple[int, int]
+PATIENCE = 3  # rounds without a move
 
 
 def move_prices(where: Trajectory, probes: Sequence[Trajectory] = (), *, reach: int | None = None) -> Tensor:
@@ -128,22 +129,22 @@ def recover_order_(
     probes: int = 1,
     reach: int | None = 4,
 ) -> list[float]:
-    """Bring the blocks into an order of lower loss by the cheapest moves, on a fresh batch each round.
+    """Bring the blocks into an order of lower loss by the cheapest moves, on fresh batches.
 
-    A round prices all moves, and makes those that do not overlap. If that raises the loss on the batch, the dearer
-    half of them is left out, and so on down to one, which is made unseen. The order is all that changes.
+    A round prices all moves on one batch, and makes those that do not overlap if that lowers the loss on another one;
+    if not, the dearer half of them is left out, and so on down to none. The order is all that changes.
 
     Args:
-        layer: The stack; the best order seen on its own batches is not sought, the last one is kept.
-        draw: Gives a batch (input of the stack, target).
-        rounds: At most; it ends where no move has a negative price.
+        layer: The stack.
+        draw: Gives a batch (input of the stack, target); called twice each round.
+        rounds: At most; it ends after three in a row without a move.
         loss: See :func:`.trajectory`.
         probe: Makes the loss of a probe from a seed, see :func:`.probe_loss`.
         probes: Adjoint passes for the curvature, each round.
         reach: See :func:`move_prices`.
 
     Returns:
-        The loss before each round, on that round's batch.
+        The loss before each round, on the batch that moves are priced on.
 
     Raises:
         ValueError: Numbers out of range. Errors of :func:`.trajectory`.
@@ -151,18 +152,22 @@ def recover_order_(
     for name, value in (("rounds", rounds), ("probes", probes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-    losses = []
+    losses: list[float] = []
+    idle, n = 0, len(layer)
     for r in range(rounds):
-        batch = draw()
+        if idle == PATIENCE:
+            break
+        batch, other = draw(), draw()
         where = trajectory(layer, batch, loss=loss)
         seen = [trajectory(layer, batch, loss=probe(r * probes + k)) for k in range(probes)]
         losses.append(where.loss)
         moves = cheap_moves(move_prices(where, seen, reach=reach))
-        if not moves:
-            break
-        while len(moves) > 1 and _loss_of(where, moved(len(layer), moves), batch, loss) >= where.loss:
-            moves = moves[: (len(moves) + 1) // 2]
-        reorder_(layer, moved(len(layer), moves))
+        before = _loss_of(where, range(n), other, loss)
+        while moves and _loss_of(where, moved(n, moves), other, loss) >= before:
+            moves = moves[: len(moves) // 2]
+        idle = 0 if moves else idle + 1
+        if moves:
+            reorder_(layer, moved(n, moves))
     return losses
 
 
@@ -180,7 +185,7 @@ def inversions(labels: Sequence[int]) -> int:
 
 @torch.no_grad()
 def _loss_of(where: Trajectory, order: Sequence[int], batch: Batch, loss: Loss) -> float:
-    steps, x = where.times.diff().to(where.states), where.states[0]
+    steps, x = where.times.diff().to(where.states), batch[0]
     with undisturbed():
         for k in order:
             x = x + steps[k] * where.blocks[k](x)
