@@ -57,7 +57,7 @@ class Decisions(NamedTuple):
                 f"{tuple(self.transition.shape)} and {tuple(self.start.shape)}"
             )
         for name, p in (("transition", self.transition), ("start", self.start)):
-            if not bool((p >= 0).all() and ((p.sum(-1) - 1).abs() < 1e-9).all()):
+            if not bool((p >= 0).all() and ((p.sum(-1) - 1).abs() < 1e-6).all()):
                 raise ValueError(f"{name} must hold probabilities: at least 0, and of sum 1 over the last dimension")
         if not 0 <= self.discount < 1:
             raise ValueError(f"discount must be in [0, 1), got {self.discount!r}")
