@@ -115,7 +115,7 @@ PUBLISHED = {0.0: 0.2, 0.1: 0.4293, 0.5: 0.712, 1.0: 0.7848, 2.0: 0.812, 3.0: 0.
 
 
 def published() -> list[list[Any]]:
-    """Values given elsewhere, beside the theory's: time, overlap with the teacher; and the error of logistic regression."""
+    """Values given elsewhere, beside the theory's: overlaps with the teacher, the error of logistic regression."""
     overlap = predict(TEACHER).overlap
     rows: list[list[Any]] = [
         [f"teacher: overlap at time {t:g}", value, float(overlap[round(t / TEACHER.settings["rate"])])]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The generalisation gap by replica theory, beside ridge regression on frozen features.
 
-    python recipes/theory/replica.py [--dim 500] [--draws 8] [--out runs/theory/replica]
+    python recipes/theory/replica.py [--dim 500] [--draws 16] [--out runs/theory/replica]
 
 Left: double descent: tanh random features of inputs of dimension 500, 750 noisy samples of a linear teacher, test error
 over the number of features for three ridges. Middle: the same with 250 features over the number of samples: test and
@@ -125,7 +125,7 @@ def panel(axis: Any, draw: Draw, moments: FeatureMoments, name: str, draws: int,
 def main() -> None:
     parser = arguments("replica", __doc__)
     parser.add_argument("--dim", type=int, default=500)
-    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=16)
     args = parser.parse_args()
     begun = time.perf_counter()
     made, (left, middle, right) = figure(3)

@@ -21,7 +21,7 @@ from recipes.theory.dynamical import (
     square,
 )
 from torch_meanfield.theory.dynamical import dynamical_mean_field
-from torch_meanfield.theory.latents import gaussian_mixture, mixture_error, teacher_student
+from torch_meanfield.theory.latents import Latents, gaussian_mixture, mixture_error, teacher_student
 
 
 def spectrum(ratio, nodes=4000):
@@ -118,6 +118,9 @@ def test_samples_are_those_of_the_mixture():
         ({"steps": 100, "paths": 256}, "take 512"),
         ({"steps": 10, "paths": 1024, "max_bytes": 1 << 20}, "enough for 512"),
         ({"loss": lambda h, y: (h - y).square().mean()}, "element by element"),
+        ({"loss": lambda h, y: (1 - y * h).relu()}, "piecewise linear.*softplus"),
+        ({"source": lambda z: Latents(z[:, 0], -z[:, 0].abs(), z[:, 1])}, "variances must be at least 0"),
+        ({"source": lambda z: Latents(z, z, z)}, r"source must make \(N,\)"),
     ],
 )
 def test_bad_arguments(change, message):

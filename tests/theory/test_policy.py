@@ -128,6 +128,15 @@ def test_a_trained_network_has_the_law_that_was_predicted():
     torch.testing.assert_close(again, law.weights, rtol=1e-6, atol=1e-12)
 
 
+def test_single_precision_is_taken():
+    problem, generator = random_problem()
+    single = Decisions(problem.reward.float(), problem.transition.float(), 0.9, problem.start.float())
+    features = torch.randn(6, 3, 64, generator=generator)
+    law = gibbs_law(single, features, temperature=0.2, noise=3.0)
+    assert law.logits.dtype == torch.float64
+    assert soft_worth(single, soft_optimum(single, 0.2), 0.2).total > law.total
+
+
 def test_bad_arguments():
     problem, inputs = random_problem()[0], torch.zeros(6, 3, 4, dtype=torch.float64)
     logits = problem.reward

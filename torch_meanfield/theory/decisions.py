@@ -42,7 +42,7 @@ class Decisions(NamedTuple):
         return cls(reward.double()[None], one, 0.0, one[0, 0]).checked()
 
     def checked(self) -> Decisions:
-        """This, if it is a decision problem.
+        """This in float64, if it is a decision problem.
 
         Raises:
             ValueError: Shapes that do not fit, rewards that are not finite, probabilities that are negative or do not
@@ -57,11 +57,11 @@ class Decisions(NamedTuple):
                 f"{tuple(self.transition.shape)} and {tuple(self.start.shape)}"
             )
         for name, p in (("transition", self.transition), ("start", self.start)):
-            if not bool((p >= 0).all() and ((p.sum(-1) - 1).abs() < 1e-9).all()):
+            if not bool((p >= 0).all() and ((p.sum(-1) - 1).abs() < 1e-6).all()):
                 raise ValueError(f"{name} must hold probabilities: at least 0, and of sum 1 over the last dimension")
         if not 0 <= self.discount < 1:
             raise ValueError(f"discount must be in [0, 1), got {self.discount!r}")
-        return self
+        return Decisions(self.reward.double(), self.transition.double(), self.discount, self.start.double())
 
 
 class Worth(NamedTuple):
@@ -94,11 +94,11 @@ def soft_worth(decisions: Decisions, logits: Tensor, temperature: float) -> Wort
     Source: Kerimkulov, Leahy, Siska, Szpruch 2022 (arXiv:2201.07296), the entropy-regularised value, occupancy measure
     and the policy gradient's advantage.
     """
-    decisions.checked()
+    decisions = decisions.checked()
     _check_temperature(temperature, least=0.0)
     if logits.shape != decisions.reward.shape:
         raise ValueError(f"logits must be {tuple(decisions.reward.shape)}, got shape {tuple(logits.shape)}")
-    log_policy = torch.log_softmax(logits, -1)
+    log_policy = torch.log_softmax(logits.double(), -1)
     policy = log_policy.exp()
     gain = decisions.reward - temperature * (log_policy + math.log(logits.shape[1]))
     move = torch.einsum("sa,sat->st", policy, decisions.transition)
@@ -124,7 +124,7 @@ def soft_optimum(decisions: Decisions, temperature: float) -> Tensor:
     _check_temperature(temperature, least=0.0)
     if temperature == 0:
         raise ValueError("temperature must be positive: without entropy the best policy has no Gibbs form")
-    logits = torch.zeros_like(decisions.reward)
+    logits = torch.zeros_like(decisions.reward, dtype=torch.float64)
     for _ in range(1000):
         worth = soft_worth(decisions, logits, temperature)
         change = worth.advantage / temperature

@@ -79,7 +79,7 @@ def dynamical_mean_field(
     exact.
 
     Args:
-        loss: ``loss(h, y)``, element by element, twice differentiable by torch.
+        loss: ``loss(h, y)``, element by element, differentiable by torch; its derivative must not jump.
         source: Makes samples, for instance :func:`~torch_meanfield.theory.latents.gaussian_mixture`.
         ratio: :math:`\alpha = n / d`.
         rate: :math:`\eta`; the time of the gradient flow is ``rate`` times the step.
@@ -95,8 +95,9 @@ def dynamical_mean_field(
         max_bytes: A bound for the memory, 8 steps^2 paths bytes in the main.
 
     Raises:
-        ValueError: A number out of its range (so a norm below overlap^2, a negative variance); paths that would need
-            more memory than ``max_bytes``, with the number that fits.
+        ValueError: A number out of its range (so a norm below overlap^2, a negative variance); a loss that is not
+            element-wise, or piecewise linear; paths that would need more memory than ``max_bytes``, with the number
+            that fits.
         RuntimeError: Training that diverges, with the step at which it does.
 
     Example:
@@ -111,7 +112,8 @@ def dynamical_mean_field(
     """
     _check(ratio, rate, steps, decay, overlap, norm, batch, persistence, paths, max_bytes)
     normal = _paths(paths, 2 * steps + 3, seed)
-    c, delta, y = source(normal[:, :2])
+    c, delta, y = _samples(source, normal[:, :2])
+    _check_loss(loss, y)
     noise, masks = normal[:, 2 : steps + 3], _masks(normal[:, steps + 3 :], batch, rate, persistence) / batch
     keep = 1 - rate * decay
     m, a = normal.new_zeros(steps + 1), normal.new_zeros(steps + 1)
@@ -164,6 +166,29 @@ def _masks(normal: Tensor, batch: float, rate: float, persistence: float | None)
         found.append(state)
         state = torch.where(state, column > leave, column <= enter)
     return torch.stack([*found, state], 1).to(normal.dtype)
+
+
+def _samples(source: Source, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the source makes, checked."""
+    signal, variance, label = (part.to(normal.dtype) for part in source(normal))
+    if not signal.shape == variance.shape == label.shape == normal.shape[:1]:
+        raise ValueError(
+            f"source must make (N,) signals, variances and labels of (N, 2) numbers, got {tuple(signal.shape)}, "
+            f"{tuple(variance.shape)} and {tuple(label.shape)} for N = {len(normal)}"
+        )
+    if not bool((variance >= 0).all()):
+        raise ValueError(f"source makes the variance {variance.min().item():.3g}; variances must be at least 0")
+    return signal, variance, label
+
+
+def _check_loss(loss: Loss, y: Tensor) -> None:
+    """A kink of the loss would be a delta function of memory, which sampled paths do not see."""
+    labels = y[:32].repeat_interleave(145)
+    probe = torch.linspace(-7.3, 7.1, 145, dtype=y.dtype).repeat(len(labels) // 145)
+    _, first, second = _derivatives(loss, probe, labels)
+    jumps = first.reshape(-1, 145)
+    if float(second.abs().max()) == 0 and float((jumps.amax(1) - jumps.amin(1)).max()) > 0:
+        raise ValueError("loss is piecewise linear: its derivative jumps; smooth it, as softplus(beta * z) / beta does")
 
 
 def _derivatives(loss: Loss, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

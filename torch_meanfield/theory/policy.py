@@ -65,8 +65,8 @@ def first_variation(decisions: Decisions, logits: Tensor, features: Tensor, temp
     worth = soft_worth(decisions, logits, temperature)
     if features.shape[:-1] != logits.shape:
         raise ValueError(f"features must be {(*logits.shape, 'P')}, got shape {tuple(features.shape)}")
-    strength = worth.visits[:, None] * torch.softmax(logits, -1) * worth.advantage
-    found: Tensor = torch.tensordot(strength, features, 2)
+    strength = worth.visits[:, None] * torch.softmax(logits.double(), -1) * worth.advantage
+    found: Tensor = torch.tensordot(strength, features.double(), 2)
     return found
 
 
@@ -107,6 +107,7 @@ def gibbs_law(
         raise ValueError(f"noise must be positive and finite, got {noise!r}: without it the prior says nothing")
     if not 0 < damping <= 1:
         raise ValueError(f"damping must be in (0, 1], got {damping!r}")
+    features = features.double()
     weights = features.new_full((features.shape[-1],), 1 / features.shape[-1])
     logits, gap = features @ weights, math.inf
     for turn in range(1, max_iterations + 1):
