@@ -54,8 +54,9 @@ def convert(
             ``"layer3"``, ``"blocks.*"``.
         exclude: likewise, of blocks that stay as they are.
         ignore: names of attributes, or patterns, that may differ between blocks that change places, such as
-            ``"layer_idx"``. They stay at the place. Integers that count the blocks need not be named: they are
-            tried with numbers.
+            ``"layer_idx"``, or of arguments of their ``forward`` by which the model hands them other tensors, such as
+            ``"rope"``. They stay at the place. Integers that count the blocks need not be named: they are tried with
+            numbers.
         foldable: ``False`` also converts branches that no parameter scales (an activation other than ReLU stands
             behind the last affine layer): the output of the branch's last module is multiplied at run time, and
             :func:`torch_meanfield.fold` refuses.

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from torch_meanfield.convert.blocks import Block, chains, find_blocks, is_in
-from torch_meanfield.convert.description import counts, difference, ignored, places_apart, reads_recorded
+from torch_meanfield.convert.description import Reads, counts, difference, ignored, places_apart, reads_recorded
+from torch_meanfield.convert.handed import describe_handed
 from torch_meanfield.convert.loops import loop_runs
 from torch_meanfield.convert.report import FixedBlock
 from torch_meanfield.convert.segments import segments
-from torch_meanfield.convert.trace import trace
+from torch_meanfield.convert.trace import ForwardGraph, trace
 from torch_meanfield.convert.trial import BlockInputs, Trial
 from torch_meanfield.observe import left_out, private_copy
 
@@ -80,11 +81,11 @@ def plan_conversion(
     iterating = {n for n, m in modules.items() if _is_container(m) or reads[id(m)] & {"children", "named_children"}}
     plan = ConversionPlan()
     seen: dict[str, Block] = {}
-    blocks = find_blocks(copy, graph, reads, nested=False, foldable=foldable)
+    blocks = _blocks(copy, graph, reads, nested=False, foldable=foldable)
     loops = loop_runs(copy, graph, reads, foldable=foldable)
     looks: list[Callable[[], list[list[Block]]]] = [
         lambda: chains(blocks),
-        lambda: chains(find_blocks(copy, graph, reads, nested=True, foldable=foldable)),
+        lambda: chains(_blocks(copy, graph, reads, nested=True, foldable=foldable)),
         lambda: loops,
     ]
     names = {b.name for run in (blocks, *loops) for b in run}
@@ -103,6 +104,12 @@ def plan_conversion(
     plan.stages.sort(key=lambda s: seen[s.particles[0][0].name].call.start)
     plan.fixed = _fixed(list(seen.values()), taken, iterating)
     return plan
+
+
+def _blocks(copy: nn.Module, graph: ForwardGraph, reads: Reads, *, nested: bool, foldable: bool) -> list[Block]:
+    blocks = find_blocks(copy, graph, reads, nested=nested, foldable=foldable)
+    describe_handed(blocks, graph, dict(copy.named_modules()))
+    return blocks
 
 
 def _fill_tables(particles: list[list[Block]], ignore: Sequence[str]) -> None:

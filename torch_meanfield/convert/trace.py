@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_meanfield._torch import version_of
 from torch_meanfield.observe import Call, observe, tensors_in
 
 
@@ -59,8 +60,11 @@ class Node:
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of one module: nodes ``start`` to ``end`` (exclusive) ran inside it; ``literals`` are its arguments
-    that are numbers, words or ``None``."""
+    """One call of one module: nodes ``start`` to ``end`` (exclusive) ran inside it.
+
+    ``literals`` are its arguments that are numbers, words or ``None``; ``tensors`` those that are or hold tensors, each
+    with its value and its version. Both by position or name.
+    """
 
     name: str
     inputs: list[Value]
@@ -69,6 +73,7 @@ class ModuleCall:
     end: int = 0
     children: list[ModuleCall] = field(default_factory=list)
     literals: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, list[tuple[Value, Tensor, int]]] = field(default_factory=dict)
 
 
 class ForwardGraph:
@@ -139,6 +144,9 @@ class ForwardGraph:
         call = ModuleCall(name, inputs, len(self.nodes))
         given = {**{str(i): a for i, a in enumerate(args)}, **kwargs}
         call.literals = {k: v for k, v in given.items() if v is None or isinstance(v, (bool, int, float, str))}
+        tensors = {k: list(tensors_in(v)) for k, v in given.items()}
+        if len(inputs) > 1:  # else it is the stream alone, which need not be kept
+            call.tensors = {k: [(self.value(t), t, version_of(t)) for t in ts] for k, ts in tensors.items() if ts}
         if self._stack:
             self._stack[-1].children.append(call)
         self.calls.append(call)
