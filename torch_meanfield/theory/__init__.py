@@ -35,6 +35,9 @@ from torch_meanfield.theory.isometry import edge_at as edge_at
 from torch_meanfield.theory.isometry import jacobian_moments as jacobian_moments
 from torch_meanfield.theory.isometry import jacobian_spectrum as jacobian_spectrum
 from torch_meanfield.theory.langevin import MeanFieldLangevin as MeanFieldLangevin
+from torch_meanfield.theory.linear_residual import LinearResNet as LinearResNet
+from torch_meanfield.theory.linear_residual import PolyakLojasiewicz as PolyakLojasiewicz
+from torch_meanfield.theory.linear_residual import polyak_lojasiewicz as polyak_lojasiewicz
 from torch_meanfield.theory.linearised import LinearisedTraining as LinearisedTraining
 from torch_meanfield.theory.linearised import linear_rate_bound as linear_rate_bound
 from torch_meanfield.theory.measures import implicit_euler_step as implicit_euler_step
