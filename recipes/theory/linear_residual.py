@@ -29,8 +29,8 @@ from torch_meanfield.theory.linear_residual import LinearResNet, polyak_lojasiew
 LAYERS = (5, 10, 20)
 FEW, TRAIN, TEST = 20, 2_000, 2_000
 DIM, WIDE, FEATURES = 16, 64, 128
-LENGTH = 3.0
-DT, STEPS, RECORDS = 4.0, 600, 12
+LENGTH = 1.2
+DT, STEPS, RECORDS = 4.0, 1_200, 12
 BATCH, EPOCHS, RATE = 100, 10, 3e-3
 
 

@@ -119,7 +119,8 @@ def main() -> None:
     share = 1 - float((measured - expected).square().sum() / measured.square().sum())
     right.plot(expected.flatten(), measured.flatten(), ".", markersize=3)
     right.axline((0, 0), slope=1, color="k", linewidth=0.8)
-    right.set(title=f"single networks, t = {DT * STEPS / 8:g}: predicted, measured ({100 * share:.1f} % explained)")
+    right.set(title=f"single networks, t = {DT * STEPS / 8:g}", xlabel="by influences", ylabel="deviation")
+    right.tick_params(labelsize=7)
     for axis in (left, middle):
         axis.legend(fontsize=7)
     losses = ((f - Y).square().mean(1) / 2).tolist()

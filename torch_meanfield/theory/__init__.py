@@ -62,6 +62,9 @@ from torch_meanfield.theory.latents import Latents as Latents
 from torch_meanfield.theory.latents import gaussian_mixture as gaussian_mixture
 from torch_meanfield.theory.latents import mixture_error as mixture_error
 from torch_meanfield.theory.latents import teacher_student as teacher_student
+from torch_meanfield.theory.linear_residual import LinearResNet as LinearResNet
+from torch_meanfield.theory.linear_residual import PolyakLojasiewicz as PolyakLojasiewicz
+from torch_meanfield.theory.linear_residual import polyak_lojasiewicz as polyak_lojasiewicz
 from torch_meanfield.theory.linearised import LinearisedTraining as LinearisedTraining
 from torch_meanfield.theory.linearised import linear_rate_bound as linear_rate_bound
 from torch_meanfield.theory.measures import implicit_euler_step as implicit_euler_step
