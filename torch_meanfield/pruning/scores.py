@@ -114,10 +114,11 @@ def depth_scores(
             :func:`.convert` returned). Any other is converted on the way, in a copy.
         batches: of pairs (inputs, targets), read once; 512 images in a few batches are enough. ``"cosine"`` and
             ``"ratio"`` need no targets, ``"step"`` no batches.
-        by: ``"greedy"``: of all blocks that are left, the one without which the loss is least goes next, until one is
-            left. The best of them where it was measured, and the dearest: n (n + 1) / 2 passes for n blocks,
-            each from its block on (what comes before is computed once a batch).
-            ``"leave_one_out"``: by how much the loss rises without the block; n such passes.
+        by: ``"greedy"``: of all blocks that are left, the one without which the loss is least goes next. The best of
+            them where it was measured, and the dearest: n / 2 passes for n blocks, and then about two for each block
+            that is left, in units of what they take by then (:func:`.greedy_order`).
+            ``"leave_one_out"``: by how much the loss rises without the block; n / 2 passes, since what comes before a
+            block is computed once a batch.
             ``"fisher"``: half the mean squared derivative of a sample's loss by a gate on the branch (Theis et al.
             2018); one pass forth and back.
             ``"cosine"``: 1 minus the cosine between what goes in and what comes out (Men et al. 2024).
@@ -207,4 +208,4 @@ def steps_of(model: nn.Module, blocks: Sequence[Block]) -> dict[str, float]:
 
 def converted_copy(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     """A converted copy of a plain model."""
-    return convert(deepcopy(model), batches[0].inputs if batches else None)
+    return convert(deepcopy(model), batches[0].few if batches else None)
