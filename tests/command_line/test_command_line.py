@@ -127,6 +127,9 @@ def test_prune_writes_the_weights_of_the_shorter_network(here, capsys):
         (("diagnose", NET, "--input", "2,4", "--batch", "1"), 2, "at least two"),
         (("diagnose", NET, "--input", "2,4", "--checkpoint", "absent.pt"), 2, "absent.pt"),
         (("diagnose", NET, "--pretrained"), 2, "--pretrained"),
+        (("diagnose", NET, "--input", "2,5"), 1, "RuntimeError"),
+        (("prune", NET, "--data", "absent.pt", "--remove", "1", "--out", "o.pt"), 2, "no such file"),
+        (("prune", NET, "--data", "factories.py", "--remove", "1", "--out", "o.pt"), 2, "plain types alone"),
         (("fold", NET, "--input", "2,4", "--checkpoint", "other.pt", "--out", "o.pt"), 1, "other.pt"),
         (("fold", NET, "--input", "2,4", "--checkpoint", "factories.py", "--out", "o.pt"), 2, "factories.py"),
         (("fold", "factories:pair", "--checkpoint", "other.pt", "--out", "o.pt"), 1, "no residual blocks"),
@@ -142,6 +145,18 @@ def test_an_error_is_one_line_with_the_way_out(here, capsys, args, code, words):
 def test_an_unknown_name_of_timm_is_answered_with_its_neighbours(capsys):
     pytest.importorskip("timm")
     assert "did you mean resnet18" in complaint(capsys, "report", "resnet1")[1]
+
+
+def test_a_tag_of_weights_that_timm_does_not_have_is_one_line(capsys):
+    pytest.importorskip("timm")
+    code, line = complaint(capsys, "report", "resnet18.no_such_weights")
+    assert code == 2 and "no_such_weights" in line
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m torch_meanfield report {NET} --input 2,4 | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_timm_the_extra_is_named(monkeypatch, capsys):

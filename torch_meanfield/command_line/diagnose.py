@@ -26,7 +26,7 @@ def run(args: Namespace) -> tuple[str, dict[str, Any]]:
 
     Raises:
         BadArgument: a batch of fewer than two inputs.
-        Refused: what ``diagnose`` refuses.
+        Refused: what ``diagnose`` refuses, or a model that does not run on the batch.
     """
     if args.batch < 2:
         raise BadArgument(f"--batch {args.batch}: correlations need at least two inputs")
@@ -36,8 +36,8 @@ def run(args: Namespace) -> tuple[str, dict[str, Any]]:
     batch = batch_of(example, args.batch, args.model)
     try:
         found = diagnose(model, batch)
-    except (ValueError, TypeError) as error:
-        raise Refused(one_line(error)) from error
+    except Exception as error:  # what diagnose refuses, or what the model's own forward raises on this input
+        raise Refused(f"{type(error).__name__}: {one_line(error)}") from error
     document = {
         "model": found.model,
         "batch": found.batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from argparse import ArgumentParser
@@ -48,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Refused as error:
             print(f"{PROGRAM}: refused: {one_line(error)}", file=sys.stderr)
             return 1
-    print(json.dumps(document, indent=1, allow_nan=False) if args.json else text)
+    try:
+        print(json.dumps(document, indent=1, allow_nan=False) if args.json else text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough (head); what Python still flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -80,10 +80,7 @@ def load_checkpoint_(model: nn.Module, path: Path) -> None:
         BadArgument: there is no such file, or it is none of these.
         Refused: its entries are not those of the model.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch meets in a file that is no checkpoint
-        raise BadArgument(f"--checkpoint {path}: {one_line(error)[:200]}") from error
+    state = read("--checkpoint", path)
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -91,6 +88,22 @@ def load_checkpoint_(model: nn.Module, path: Path) -> None:
         load_whole_(model, state)
     except (RuntimeError, TypeError, ValueError) as error:
         raise Refused(f"--checkpoint {path}: {one_line(error)[:400]}") from error
+
+
+def read(option: str, path: Path) -> Any:
+    """What ``torch.save`` wrote to a file, tensors and plain types alone; nothing in it is executed.
+
+    Raises:
+        BadArgument: there is no such file, or it holds something else. The message names ``option``.
+    """
+    if not path.is_file():
+        raise BadArgument(f"{option} {path}: there is no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own messages advise to load what is not trusted
+        raise BadArgument(
+            f"{option} {path}: no file of torch.save with tensors and plain types alone ({type(error).__name__})"
+        ) from error
 
 
 def _from_timm(name: str, pretrained: bool) -> Any:
@@ -107,7 +120,10 @@ def _from_timm(name: str, pretrained: bool) -> Any:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; a model of your own is named module:factory"
         raise BadArgument(f"timm has no model {name!r}{hint}")
-    return timm.create_model(name, pretrained=pretrained)
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except Exception as error:  # an unknown tag of weights, a download that fails, a package that this model needs
+        raise BadArgument(f"timm cannot make {name!r}: {one_line(error)[:300]}") from error
 
 
 def _from_factory(text: str) -> Any:

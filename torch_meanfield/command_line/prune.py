@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_meanfield.command_line.errors import BadArgument, Refused, one_line
-from torch_meanfield.command_line.model import load_checkpoint_, model_and_example
+from torch_meanfield.command_line.model import load_checkpoint_, model_and_example, read
 from torch_meanfield.convert import convert, fold
 from torch_meanfield.pruning import depth_scores, prune_depth_
 from torch_meanfield.pruning.scores import Criterion
@@ -75,10 +75,7 @@ def _load_(model: nn.Module, example: Any, path: Path) -> None:
 def _batches(path: Path, size: int) -> list[tuple[Tensor, Tensor]]:
     if size < 1:
         raise BadArgument(f"--batch {size}: a batch holds at least one input")
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch meets in a file that is none of its own
-        raise BadArgument(f"--data {path}: {one_line(error)[:200]}") from error
+    data = read("--data", path)
     pair = isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
     if not pair or not len(data[0]) == len(data[1]) > 0:
         raise BadArgument(f"--data {path} must hold torch.save((inputs, targets)), two tensors of equal length")
