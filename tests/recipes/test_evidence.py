@@ -245,3 +245,18 @@ def test_a_reference_that_removes_by_hand_finds_the_same_error(folder):
 def test_the_page_in_the_docs_is_what_the_files_make():
     root = Path(__file__).resolve().parents[2]
     assert (root / "docs" / "results.md").read_text() == page.page(root / "benchmarks" / "results", root / "docs")
+
+
+def test_rates_are_tried_beyond_an_edge_until_the_best_is_at_none(tmp_path, monkeypatch):
+    args = Namespace(networks=["net"], steps=[9], arms=["plain"], rates=[0.01, 0.03], tuning_seeds=[1], seeds=[5])
+    args.precision, args.bracket = "32", True
+
+    class Known(finetune.Grid):
+        def run(self, job):
+            return Run(job, {0.001: 12.0, 0.003: 11.0, 0.01: 13.0}.get(job.rate, 15.0), [1.0])
+
+    jobs = list(finetune.walk(Known(tmp_path, DATA, Path()), args))
+    assert [j.rate for j in jobs] == [0.01, 0.03, 0.003, 0.001, 0.003] and jobs[-1].on == "report"
+    args.bracket = False
+    assert [j.rate for j in finetune.walk(Known(tmp_path, DATA, Path()), args)] == [0.01, 0.03, 0.01]
+    assert finetune.beyond([0.1, 0.3], 0.3) == 1.0 and finetune.beyond([0.02, 0.05], 0.02) == 0.01
