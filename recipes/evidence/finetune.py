@@ -3,7 +3,8 @@
 
     python recipes/evidence/finetune.py --weights PATH --data folder:PATH/cifar10-jpeg --label cifar10-jpeg
         [--networks resnet20 efficientnet_lite0] [--arms plain converted "scale, no order"]
-        [--rates 0.01 0.03 0.1] [--bracket] [--steps 100 400] [--tuning-seeds 1] [--seeds 11 12 13 14 15] [--out runs/evidence]
+        [--rates 0.01 0.03 0.1] [--bracket] [--steps 100 400]
+        [--precision bf16] [--tuning-seeds 1] [--seeds 11 12 13 14 15] [--out runs/evidence]
 
 First every arm is trained at every rate on the tuning seeds, and its rate chosen by the error on 3,000 of the test
 images. Then it is trained at that rate on fresh seeds; what is reported is the error on the other test images, paired
