@@ -199,6 +199,37 @@ def test_averages_that_are_lists_lose_what_they_held_for_the_blocks():
     train(model, optimizer, 1)
 
 
+def test_an_average_that_follows_already_is_not_cut_twice():
+    model = network()
+    shadow = [p.detach().clone() for p in model.parameters()]
+    follow(shadow, model)
+    prune_depth_(model, remove=GONE, averages=[shadow])
+    assert len(shadow) == len(list(model.parameters())) and all(map(torch.equal, shadow, model.parameters()))
+
+
+def test_an_average_and_a_teacher_that_the_model_holds_are_no_blocks_of_it():
+    class Task(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+            self.average = AveragedModel(self.net)
+            self.teacher = CifarResNet(blocks=1).eval()
+            nn.init.constant_(self.teacher.groups[0][0].n1.running_mean, 0.5)
+
+        def forward(self, x):
+            return self.net(x)
+
+    task, data = Task(), [(images(8), torch.randint(10, (8,)))]
+    scores = depth_scores(task, data, by="cosine", progress=False)
+    assert len(scores) == 7 and all(name.startswith("net.groups") for name, _ in scores)
+    report = prune_depth_(task, remove=3, scores=scores, batches=data)
+    theirs = {n: p.shape for n, p in named(task.average.module).items()}
+    assert report.averages == 1 and theirs == {n: p.shape for n, p in named(task.net).items()}
+    assert bool((task.teacher.groups[0][0].n1.running_mean == 0.5).all())
+    for a, b in zip(task.average.module.buffers(), task.net.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_an_average_of_another_structure_is_refused():
     model = network()
     for average, error, words in (

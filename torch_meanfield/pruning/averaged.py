@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_meanfield.particles.averages import averages_of, follow
+from torch_meanfield.particles.averages import averages_of, follow, is_followed
 from torch_meanfield.pruning.blocks import layers_by_name
 
 
@@ -47,7 +47,8 @@ def follow_given(model: nn.Module, given: Iterable[Any]) -> None:
                 f"prune_depth_: averages must be averaged models or lists of averaged tensors, got "
                 f"{type(average).__name__}"
             )
-        follow(copy, model)
+        if not is_followed(copy):
+            follow(copy, model)
 
 
 def averages_in(model: nn.Module, given: Iterable[Any]) -> list[Average]:

@@ -23,6 +23,11 @@ class Batch:
     targets: Any
     size: int
 
+    @property
+    def few(self) -> Any:
+        """The inputs of two samples, which do for an example."""
+        return map_tensors(lambda t: t[:2] if t.ndim and len(t) == self.size else t, self.inputs)
+
 
 def read_batches(batches: Any, model: nn.Module, caller: str) -> list[Batch]:
     """All of ``batches``, on the device of ``model``.

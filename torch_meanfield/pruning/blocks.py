@@ -12,6 +12,7 @@ from torch import nn
 from torch_meanfield.convert import ConvertedStage
 from torch_meanfield.depth import MeanFieldSequential
 from torch_meanfield.depth.layer import MeanFieldLayer
+from torch_meanfield.particles.averages import lineage_of
 from torch_meanfield.particles.population import named_tensors
 
 
@@ -43,8 +44,9 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def layers_by_name(model: nn.Module) -> dict[str, MeanFieldLayer]:
-    """The mean-field layers of ``model`` in the order of its modules."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, MeanFieldLayer)}
+    """The mean-field layers of ``model`` in the order of its modules, without those of averages that it holds."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MeanFieldLayer)}
+    return {name: m for name, m in layers.items() if not lineage_of(m).following} or layers
 
 
 def blocks_of(model: nn.Module) -> list[Block]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,17 @@ class _Called(nn.Module):
 
 
 def reestimate_norms_(model: nn.Module, batches: Sequence[Batch], undo: ExitStack) -> int:
-    """Let the batch norms of ``model`` that keep running statistics have those of ``batches``; returns how many do."""
+    """Let the batch norms of ``model`` that keep running statistics have those of ``batches``; returns how many do.
+
+    Norms that the model does not run (of a teacher or an average that it holds) keep theirs.
+    """
     norms = [m for m in model.modules() if is_batch_norm(type(m)) and getattr(m, "running_mean", None) is not None]
     if not norms:
         return 0
+    kept = {norm: [(t, t.clone()) for t in norm.buffers(recurse=False)] for norm in norms}
     for norm in norms:
         undo.callback(setattr, norm, "momentum", getattr(norm, "momentum", None))
-        undo.callback(_put, [(t, t.clone()) for t in norm.buffers(recurse=False)])
+        undo.callback(_put, kept[norm])
     modes = [(m, m.training) for m in model.modules()]
     try:
         with undisturbed():
@@ -42,7 +46,10 @@ def reestimate_norms_(model: nn.Module, batches: Sequence[Batch], undo: ExitStac
     finally:
         for module, training in modes:
             module.training = training
-    return len(norms)
+    idle = [norm for norm in norms if not int(cast(Tensor, norm.num_batches_tracked))]  # of another forward pass
+    for norm in idle:
+        _put(kept[norm])
+    return len(norms) - len(idle)
 
 
 def _put(kept: list[tuple[Tensor, Tensor]]) -> None:

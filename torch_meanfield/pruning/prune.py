@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -109,7 +110,7 @@ def prune_depth_(
 
 
 def _convert_(model: nn.Module, batches: Sequence[Batch], undo: ExitStack) -> None:
-    convert(model, example_for(model, batches[0].inputs if batches else None, "prune_depth_"))
+    convert(model, example_for(model, batches[0].few if batches else None, "prune_depth_"))
     undo.callback(unconvert_, model)
     for layer in layers_by_name(model).values():
         if layer.tau_axis.offset is not None:  # nobody asked to train it
@@ -187,11 +188,10 @@ def _compared(model: nn.Module, before: list[Tensor], example: Example, plan: Pl
             f"prune_depth_: {type(model).__name__} does not run without {', '.join(sorted(plan.gone))} "
             f"({type(error).__name__}: {error}); its forward asks for these modules by name or number"
         ) from error
-    worst, largest = 0.0, 0.0
-    for one, other in zip(before, after, strict=True):
-        if one.numel():
-            worst = max(worst, float((one.double() - other.double()).abs().max()))
-            largest = max(largest, float(one.double().abs().max()))
+    one, other = (torch.cat([t.double().reshape(-1) for t in outputs]) for outputs in (before, after))
+    if not one.numel():
+        return 0.0
+    worst, largest = float((one - other).abs().max()), float(one.abs().max())  # nan if an output is
     return worst / largest if largest else worst
 
 

@@ -208,4 +208,4 @@ def steps_of(model: nn.Module, blocks: Sequence[Block]) -> dict[str, float]:
 
 def converted_copy(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     """A converted copy of a plain model."""
-    return convert(deepcopy(model), batches[0].inputs if batches else None)
+    return convert(deepcopy(model), batches[0].few if batches else None)
