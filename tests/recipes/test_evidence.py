@@ -185,6 +185,8 @@ def test_the_report_says_what_the_runs_say():
     runs += [row("scale, no order", e, s, factors=[1.0]) for s, e in ((5, 11.2), (6, 12.0), (7, 11.3))]
     assert "| plain | **12.00** | 14.00 |" in reports.rates_table(runs)
     assert "| converted | **11.00** | diverged |" in reports.rates_table(runs)
+    more = [*runs, row("plain", 12.5, 1, "tuning", 0.003)]  # a rate that only one arm was tried at
+    assert "| converted |  | **11.00** | diverged |" in reports.rates_table(more)
     table = reports.results_table(runs)
     # Differences -1, -0.9, -1.1: mean -1, deviation 0.1, Student's 4.303 for three.
     assert "| converted | 0.1 | 11.00 | 12.10 | 11.40 | 11.50 | -1.00 ± 0.25 | +0.00 ± 0.43 |" in table
