@@ -33,6 +33,7 @@ from recipes.finetune.data import FinetuneData
 from recipes.finetune.export import NotTheSame
 from recipes.finetune_timm import FinetuneCLI
 from recipes.images.cli import RecipeCLI
+from recipes.pruning.constructor import constructor_with
 from recipes.pruning.export import export
 from recipes.pruning.story import draw, latencies, table
 from recipes.pruning.task import PruneTask, Removal, error
@@ -95,7 +96,9 @@ class PruneCLI(FinetuneCLI):
         logger = next((each for each in self.trainer.loggers if isinstance(each, CSVLogger)), None)
         folder = None if logger is None else Path(logger.log_dir)
         images = self._some_images().cpu()
-        plain, written = export(self.model.net, self.model.report, images, folder)
+        folded = fold(self.model.net, images[:1])
+        report = constructor_with(self.model.backbone, self.model.report, folded)
+        plain, written = export(self.model.net, report, images, folder)
         self.story = self._story(plain, written, images)
         print(table(self.story))
         if folder is not None:

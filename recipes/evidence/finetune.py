@@ -2,8 +2,9 @@
 """Do learned steps let a pretrained network take a higher rate? Fine-tuning, arm against arm, rates tuned for each.
 
     python recipes/evidence/finetune.py --weights PATH --data folder:PATH/cifar10-jpeg --label cifar10-jpeg
-        [--networks resnet20 efficientnet_lite0] [--arms plain converted "scale, no order"] [--rates 0.01 0.03 0.1]
-        [--steps 100 400] [--tuning-seeds 1] [--seeds 11 12 13 14 15] [--out runs/evidence]
+        [--networks resnet20 efficientnet_lite0] [--arms plain converted "scale, no order"]
+        [--rates 0.01 0.03 0.1] [--bracket] [--steps 100 400]
+        [--precision bf16] [--tuning-seeds 1] [--seeds 11 12 13 14 15] [--out runs/evidence]
 
 First every arm is trained at every rate on the tuning seeds, and its rate chosen by the error on 3,000 of the test
 images. Then it is trained at that rate on fresh seeds; what is reported is the error on the other test images, paired
@@ -93,18 +94,37 @@ def best_rate(runs: Sequence[Run]) -> float:
     return min(of, key=lambda rate: of[rate])
 
 
+def beyond(rates: Sequence[float], best: float) -> float | None:
+    """The next rate of the series 1, 3, 10, ... beyond an edge of ``rates``; ``None`` if ``best`` is at none.
+
+    >>> beyond([0.01, 0.03], 0.01), beyond([0.01, 0.03], 0.03), beyond([0.01, 0.03, 0.1], 0.03)
+    (0.003, 0.1, None)
+    """
+    if best not in (min(rates), max(rates)):
+        return None
+    series = [float(f"{digit}e{power}") for power in range(-9, 4) for digit in (1, 3)]
+    if best == min(rates):
+        return max((rate for rate in series if rate < 0.99 * best), default=None)
+    return min((rate for rate in series if rate > 1.01 * best), default=None)
+
+
 def walk(grid: Grid, args: Namespace) -> Iterator[Job]:
     """The jobs in their order: tuning arm by arm, then fresh seeds, all arms of each."""
     for network, steps in itertools.product(args.networks, args.steps):
         chosen = {}
         for arm in args.arms:
-            jobs = [
-                Job(network, arm, rate, steps, seed, "tuning", args.precision)
-                for seed in args.tuning_seeds
-                for rate in args.rates
-            ]
-            yield from jobs
-            chosen[arm] = best_rate([grid.run(job) for job in jobs])
+            rates: list[float] = []
+            new: float | None = None
+            while not rates or new is not None:
+                more = args.rates if new is None else [new]
+                rates += more
+                for seed, rate in itertools.product(args.tuning_seeds, more):
+                    yield Job(network, arm, rate, steps, seed, "tuning", args.precision)
+                jobs = [
+                    Job(network, arm, r, steps, s, "tuning", args.precision) for s in args.tuning_seeds for r in rates
+                ]
+                chosen[arm] = best_rate([grid.run(job) for job in jobs])
+                new = beyond(rates, chosen[arm]) if args.bracket else None
         for seed, arm in itertools.product(args.seeds, args.arms):
             yield Job(network, arm, chosen[arm], steps, seed, "report", args.precision)
 
@@ -113,15 +133,19 @@ def study(grid: Grid, args: Namespace, made: dict[str, Any]) -> None:
     """Make what is not there yet; ``finetune.json`` is renewed after each run."""
     each = len(args.arms) * (len(args.rates) * len(args.tuning_seeds) + len(args.seeds))
     runs = []
+
+    def write() -> None:
+        write_json(args.out / "finetune.json", {**made, "runs": [_flat(r) for r in runs]}, DIGITS)
+
     with tqdm(total=each * len(args.networks) * len(args.steps), desc="finetune", unit="run") as bar:
         for job in walk(grid, args):
             bar.set_postfix_str(job.key)
             new = grid.done(job) is None
             runs.append(grid.run(job))
             bar.update()
-            if new or bar.n == bar.total:
-                document = {**made, "runs": [_flat(r) for r in runs]}
-                write_json(args.out / "finetune.json", document, DIGITS)
+            if new:
+                write()
+    write()
 
 
 def _flat(run: Run) -> dict[str, Any]:
@@ -139,6 +163,7 @@ def arguments() -> Namespace:
     parser.add_argument("--networks", nargs="+", default=["resnet20"], choices=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--arms", nargs="+", default=list(ARMS)[:3], choices=list(ARMS), metavar="ARM")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
+    parser.add_argument("--bracket", action="store_true", help="go on beyond --rates until the best is at no edge")
     parser.add_argument("--steps", type=int, nargs="+", default=[200], help="lengths of the training")
     parser.add_argument("--precision", default="32", choices=["32", "bf16"], help="of the forward pass in training")
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=[1])
@@ -187,7 +212,8 @@ def main() -> None:
             "precision": [args.precision],
         }
         given |= {"tuning-seeds": args.tuning_seeds, "seeds": args.seeds}
-        words = [w for option, values in given.items() for w in (f"--{option}", *map(str, values))]
+        flags = ["--bracket"] if args.bracket else []
+        words = flags + [w for option, values in given.items() for w in (f"--{option}", *map(str, values))]
         places = ["--weights", "WEIGHTS", "--data", args.data.partition(":")[0] + ":DATA" * (":" in args.data)]
         made = {"command": shlex.join(["python", "recipes/evidence/finetune.py", *places, "--label", name, *words])}
         made |= {"data": name, "tuning_images": len(data.tuning), "test_images": len(data.report)}

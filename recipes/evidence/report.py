@@ -34,9 +34,11 @@ def rates_table(runs: Sequence[Row]) -> str:
     of, rates = by_arm(runs, "tuning"), sorted({r["rate"] for r in runs if r["on"] == "tuning"})
     lines = [f"| arm | {' | '.join(f'rate {rate:g}' for rate in rates)} |", f"| --- |{' ---: |' * len(rates)}"]
     for arm, rows in of.items():
-        means = [mean([r["error"] for r in rows if r["rate"] == rate]) for rate in rates]
+        found = [[r["error"] for r in rows if r["rate"] == rate] for rate in rates]
+        means = [mean(errors) for errors in found]
         least = min((m for m in means if math.isfinite(m)), default=math.nan)
-        cells = [f"**{m:.2f}**" if m == least else f"{m:.2f}" if math.isfinite(m) else "diverged" for m in means]
+        shown = [f"**{m:.2f}**" if m == least else f"{m:.2f}" if math.isfinite(m) else "diverged" for m in means]
+        cells = [text if errors else "" for text, errors in zip(shown, found, strict=True)]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -185,6 +185,8 @@ def test_the_report_says_what_the_runs_say():
     runs += [row("scale, no order", e, s, factors=[1.0]) for s, e in ((5, 11.2), (6, 12.0), (7, 11.3))]
     assert "| plain | **12.00** | 14.00 |" in reports.rates_table(runs)
     assert "| converted | **11.00** | diverged |" in reports.rates_table(runs)
+    more = [*runs, row("plain", 12.5, 1, "tuning", 0.003)]  # a rate that only one arm was tried at
+    assert "| converted |  | **11.00** | diverged |" in reports.rates_table(more)
     table = reports.results_table(runs)
     # Differences -1, -0.9, -1.1: mean -1, deviation 0.1, Student's 4.303 for three.
     assert "| converted | 0.1 | 11.00 | 12.10 | 11.40 | 11.50 | -1.00 ± 0.25 | +0.00 ± 0.43 |" in table
@@ -245,3 +247,18 @@ def test_a_reference_that_removes_by_hand_finds_the_same_error(folder):
 def test_the_page_in_the_docs_is_what_the_files_make():
     root = Path(__file__).resolve().parents[2]
     assert (root / "docs" / "evidence.md").read_text() == page.page(root / "benchmarks" / "results", root / "docs")
+
+
+def test_rates_are_tried_beyond_an_edge_until_the_best_is_at_none(tmp_path, monkeypatch):
+    args = Namespace(networks=["net"], steps=[9], arms=["plain"], rates=[0.01, 0.03], tuning_seeds=[1], seeds=[5])
+    args.precision, args.bracket = "32", True
+
+    class Known(finetune.Grid):
+        def run(self, job):
+            return Run(job, {0.001: 12.0, 0.003: 11.0, 0.01: 13.0}.get(job.rate, 15.0), [1.0])
+
+    jobs = list(finetune.walk(Known(tmp_path, DATA, Path()), args))
+    assert [j.rate for j in jobs] == [0.01, 0.03, 0.003, 0.001, 0.003] and jobs[-1].on == "report"
+    args.bracket = False
+    assert [j.rate for j in finetune.walk(Known(tmp_path, DATA, Path()), args)] == [0.01, 0.03, 0.01]
+    assert finetune.beyond([0.1, 0.3], 0.3) == 1.0 and finetune.beyond([0.02, 0.05], 0.02) == 0.01

@@ -2,15 +2,23 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from torch import nn
 
+from recipes.backbones.cifar_resnet import CifarResNet
 from recipes.finetune.data import FinetuneData
+from recipes.finetune.export import NotTheSame
+from recipes.finetune.model import Backbone
 from recipes.prune_depth import long_form, main
+from recipes.pruning.constructor import constructor_with
+from recipes.pruning.export import export
 from recipes.pruning.story import latencies, table
+from torch_meanfield import convert, fold, prune_depth_
+from torch_meanfield.pruning.report import Constructor
 
 TINY = {"patch_size": 1, "depths": [1, 1, 4, 1], "dims": [8, 8, 16, 16], "ls_init_value": 1.0}
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
@@ -67,12 +75,9 @@ def test_a_run_leaves_a_plain_network_of_fewer_blocks_that_classifies_as_it_did(
     assert cli.trainer.global_step > 0 and str(tmp_path) not in json.dumps(story)
     assert sum("dwconv" in name or "conv_dw" in name for name, _ in cli.model.net.named_modules()) == 1 + 1 + 2 + 1
     images, labels = next(iter(FinetuneData(size=8).some("test", 64, 64)))
-    if story["made_by"]:
-        network = eval(story["made_by"], {"timm": timm})
-        network.load_state_dict(torch.load(folder / story["file"], weights_only=True), strict=True)
-        network.eval()
-    else:
-        network = torch.export.load(folder / story["file"]).module()
+    assert story["file"] == "pruned.pt" and "depths=" in story["made_by"]
+    network = eval(story["made_by"], {"timm": timm}).eval()
+    network.load_state_dict(torch.load(folder / story["file"], weights_only=True), strict=True)
     cli.model.net.eval()
     with torch.no_grad():
         assert torch.allclose(network(images), cli.model.net(images), rtol=1e-4, atol=1e-4)
@@ -106,6 +111,64 @@ def test_bad_input_ends_on_one_line_before_anything_is_written(refused, tmp_path
     ):
         assert told in refused(*QUICK, *arguments), arguments
     assert not list(tmp_path.glob("runs/*/*/*.json"))
+
+
+@pytest.mark.parametrize(
+    "name, side, kwargs, removed, call",
+    [
+        ("convnext_atto", 8, TINY, ["stages.2.blocks.1"], "depths=[1, 1, 3, 1]"),
+        (
+            "vit_tiny_patch16_224", 8,
+            {"patch_size": 4, "embed_dim": 12, "num_heads": 3, "depth": 4}, ["blocks.0", "blocks.2"], "depth=2",
+        ),
+        (
+            "resnet10t", 32,
+            {"layers": [1, 3, 1, 1], "channels": [4, 4, 8, 8], "stem_width": 4}, ["layer2.2"], "layers=[1, 2, 1, 1]",
+        ),
+    ],
+)  # fmt: skip
+def test_arguments_of_the_command_line_are_in_the_call_that_makes_the_network(name, side, kwargs, removed, call):
+    backbone = Backbone(name, 5, 3, side, kwargs)
+    net = convert(backbone.create().eval(), torch.randn(2, 3, side, side))
+    report = prune_depth_(net, remove=removed)
+    folded = fold(net)
+    found = constructor_with(backbone, replace(report, constructor=None), folded).constructor
+    assert call in str(found)
+    plain = eval(str(found), {"timm": timm}).eval()
+    plain.load_state_dict(folded.state_dict(), strict=True)
+    x = torch.randn(2, 3, side, side)
+    assert torch.allclose(plain(x), net(x), rtol=1e-4, atol=1e-5)
+    unknown = Backbone(name, 5, 3, side, {k: v for k, v in kwargs.items() if not call.startswith(k)})
+    assert constructor_with(unknown, replace(report, constructor=None), folded).constructor is None
+
+
+def test_where_no_constructor_is_known_the_network_itself_is_exported(tmp_path):
+    torch.manual_seed(0)
+    net = convert(CifarResNet((3, 2, 2)).eval(), torch.randn(2, 3, 8, 8))
+    report = prune_depth_(net, remove=["layer1.1"])
+    assert report.constructor is None
+    images = torch.randn(5, 3, 8, 8)
+    _, written = export(net, report, images, tmp_path)
+    assert written == {"file": "pruned.pt2", "made_by": None, "error": pytest.approx(0, abs=1e-5)}
+    network = torch.export.load(tmp_path / "pruned.pt2").module()
+    assert torch.allclose(network(images), net(images), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(network(images[:3]), net(images[:3]), rtol=1e-4, atol=1e-5)  # batches of any size
+
+
+def test_what_is_not_the_same_is_not_written(tmp_path, monkeypatch):
+    net = convert(CifarResNet((3, 2, 2)).eval(), torch.randn(2, 3, 8, 8))
+    report = prune_depth_(net, remove=["layer1.1"])
+    wrong = replace(report, constructor=Constructor("CifarResNet((2, 2, 2))", lambda: Doubled((2, 2, 2))))
+    with pytest.raises(NotTheSame, match=r"CifarResNet\(\(2, 2, 2\)\) with the folded weights differs"):
+        export(net, wrong, torch.randn(2, 3, 8, 8), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Doubled(CifarResNet):
+    """A network of the same entries that computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 def test_latencies_are_those_of_the_networks():
