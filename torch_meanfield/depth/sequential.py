@@ -123,7 +123,7 @@ class MeanFieldSequential(MeanFieldLayer):
         else:  # compiled code runs the branches by slot, unread
             each = steps_by_slot(tau) if torch.compiler.is_compiling() else nonnegative(differences(tau))
         steps = each.unbind()
-        branches = list(self) if order is None else [self[i] for i in order]
+        branches = self._branches() if order is None else [self[i] for i in order]
         if euler and not recomputes:
             return euler_steps(x, branches, steps)
         for branch, step in zip(branches, steps, strict=True):
@@ -136,19 +136,14 @@ class MeanFieldSequential(MeanFieldLayer):
         return self.tau_axis.anchor.numel()
 
     def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._branches())
+
+    def _branches(self) -> list[nn.Module]:
         blocks = children_of(self)
         branches = [blocks.get(str(i)) for i in range(len(self))]
         if len(blocks) != len(branches) + 1 or None in branches:  # and the tau axis
             raise self._fixed()
-        return iter(cast("list[nn.Module]", branches))
-
-    def take_out_(self, size: int, undo: ExitStack) -> None:
-        """See :meth:`.MeanFieldLayer.take_out_`."""
-        blocks = children_of(self)
-        undo.callback(blocks.update, dict(blocks))
-        undo.callback(blocks.clear)
-        for name in [n for n in blocks if n.isdigit() and int(n) >= size]:
-            del blocks[name]
+        return cast("list[nn.Module]", branches)
 
     def append(self, *args: Any) -> None:
         """Not possible: a layer keeps its number of branches."""

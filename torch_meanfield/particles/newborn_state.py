@@ -120,7 +120,8 @@ def _begun(
     twin = _twin(optimizer, group, {**options, "params": [stand_in]}, {})
     name = type(optimizer).__name__
     try:
-        with unremembered(), torch.enable_grad():
+        # whatever the default device is: AdamW of torch 2.6 counts its steps there
+        with unremembered(), torch.enable_grad(), torch.device("cpu"):
             _step(twin)
     except Exception as error:
         warnings.warn(
