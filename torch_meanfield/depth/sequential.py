@@ -32,8 +32,8 @@ class MeanFieldSequential(MeanFieldLayer):
 
     At the horizon T = n re-sorts are rare: a step is the gap to the predecessor, so two neighbours can pass each other
     only where one of them is switched off, and on the way the loss of a trained 48-block network rises by 19 times (the
-    median pair) what the exchange itself costs. Their tau gradient does not see the exchange either, it is uncorrelated
-    with the slope in time that the continuum has (``torch_meanfield.theory.exchange_prices``, ``docs/theory``).
+    median pair) what the exchange itself costs. Their tau gradient hardly sees the exchange either, it is all but
+    uncorrelated with the slope in time that the continuum has (``theory.time_velocity``, ``docs/theory``).
 
     Args:
         *branches: n modules that map x to its own shape, alike in structure; not the identity path.

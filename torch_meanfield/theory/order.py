@@ -127,7 +127,7 @@ def recover_order_(
     loss: Loss = half_squared,
     probe: Callable[[int], Loss] = lambda seed: probe_loss(seed=seed),
     probes: int = 1,
-    reach: int | None = 4,
+    reach: int | None = 16,
 ) -> list[float]:
     """Bring the blocks into an order of lower loss by the cheapest moves, on fresh batches.
 
