@@ -76,7 +76,7 @@ def test_at_the_start_in_closed_form(layers):
 
 
 def test_finite_networks_deviate_as_predicted_and_less_and_less():
-    times, networks, n = (0, 15, 60), 300, 30
+    times, networks, n = (0, 15, 60), 1_000, 30
     f = train_layers(limit(512), X, Y, dt=DT, steps=60)[0]
     squares = n * (trained(n, networks, 1, 60) - f[:, None]).square().mean(2)
     predicted = [expectations(t, 0, types=64).mean() for t in times]

@@ -65,7 +65,7 @@ def train_layers(
     Raises:
         ValueError: Shapes that do not fit, a number out of its range, or an activation that is not element-wise.
 
-    Source: Pham and Nguyen 2021, section 2, gradient descent of the multilayer network.
+    Source: Pham and Nguyen 2021, gradient descent of the multilayer network.
     """
     phi = elementwise(activation)
     held = _checked(layers, x, y, dt, steps, shares)

@@ -9,7 +9,7 @@ depends on |x| alone, through the average of a unit over the sphere:
 
 which has a closed form up to one incomplete beta function. Everything is exact in every dimension d.
 
-Source: Mei, Montanari, Nguyen 2018 (arXiv:1804.06561), sections 3.1 and 3.2, and their supplement for d to infinity.
+Source: Mei, Montanari, Nguyen 2018 (arXiv:1804.06561), the example of isotropic Gaussians.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RadialProblem:
     Raises:
         ValueError: A number out of its range.
 
-    The defaults are the unit of Mei, Montanari, Nguyen 2018, section 3.1.
+    The defaults are a unit of the form that Mei, Montanari, Nguyen 2018 use for this example.
 
     Example:
         >>> problem = RadialProblem(dim=40, delta=0.8)

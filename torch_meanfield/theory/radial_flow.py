@@ -12,8 +12,8 @@ energy
 
 .. math:: F(\rho) = \tfrac12 R(\rho) + \tfrac\lambda2 \int |w|^2 d\rho + T \int \log\rho\; d\rho.
 
-Source: Mei, Montanari, Nguyen 2018 (arXiv:1804.06561), the distributional dynamics of SGD, sections 2 and 3.1, and of
-noisy SGD, section 2.3; ``T`` is their 1 / beta.
+Source: Mei, Montanari, Nguyen 2018 (arXiv:1804.06561), the distributional dynamics of SGD and of noisy SGD, and its
+reduction to radii; ``T`` is their 1 / beta.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def radial_flow(problem: RadialProblem, radii: Tensor, *, duration: float, steps
     Raises:
         ValueError: A number out of its range, or radii that are not a list of positive numbers.
 
-    Source: Mei, Montanari, Nguyen 2018, the reduced dynamics of section 3.1.
+    Source: Mei, Montanari, Nguyen 2018, the dynamics reduced to radii.
 
     Example:
         >>> problem = RadialProblem(dim=40, delta=0.8)
@@ -118,7 +118,7 @@ def radial_fokker_planck(
     Raises:
         ValueError: A number out of its range, an infinite dimension, or a law that is none.
 
-    Source: Mei, Montanari, Nguyen 2018, section 2.3.
+    Source: Mei, Montanari, Nguyen 2018, the distributional dynamics of noisy SGD.
     """
     if problem.dim is None:
         raise ValueError("noise has a radius that grows with the dimension: dim must be finite, got None")
