@@ -87,7 +87,9 @@ def regularised_knots(x: Tensor, y: Tensor, penalty: float, *, tolerance: float 
         height = (_units(x, extremes).T @ residual).abs() / len(x)
         if float(height.max()) <= penalty * (1 + tolerance):
             return _merged(angle, mass / len(x), residual, edges)
-        angle = torch.cat([angle, extremes[height > penalty * (1 + tolerance / 2)]])
+        # cuts that hold nothing back are dropped: the distance from y still rises in every round
+        held = torch.cat([edges, angle[len(edges) :][mass[len(edges) :] != 0]])
+        angle = torch.cat([held, extremes[height > penalty * (1 + tolerance / 2)]])
     raise RuntimeError(
         f"after 200 rounds the potential exceeds the penalty by {float(height.max()) / penalty - 1:.1e} of it; a "
         f"tolerance above that or a larger penalty than {penalty!r} helps"
