@@ -9,16 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tools.reference import pages, public
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-ROOMS = "particles depth models convert pruning width record theory command_line".split()
-
-
-def public(module):
-    """What a room's ``__init__.py`` names: ``from ... import Name as Name``."""
-    path = ROOT / module.replace(".", "/") / "__init__.py"
-    found = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom)]
-    return [a.name for n in found for a in n.names if a.asname == a.name]
 
 
 def described():
@@ -32,8 +26,13 @@ def resolved(name):
     return getattr(importlib.import_module(module), attribute)
 
 
-@pytest.mark.parametrize("module", ["torch_meanfield", *(f"torch_meanfield.{room}" for room in ROOMS)])
+NOT_FOR_USERS = {"observe"}
+ROOMS = {p.parent.name for p in ROOT.glob("torch_meanfield/*/__init__.py")} - NOT_FOR_USERS - {"lightning"}
+
+
+@pytest.mark.parametrize("module", ["torch_meanfield", *(f"torch_meanfield.{room}" for room in sorted(ROOMS))])
 def test_every_public_name_is_in_the_reference(module):
+    """If not: python tools/reference.py."""
     there = [resolved(name) for name in described() if ".lightning." not in name]
     names = public(module)
     assert names
@@ -51,6 +50,11 @@ def test_the_reference_names_nothing_twice_and_each_object_has_a_docstring():
     names = described()
     assert len(names) == len(set(names)) > 80
     assert not [n for n in names if ".lightning." not in n and not resolved(n).__doc__]
+
+
+def test_the_pages_of_the_reference_are_those_that_the_tool_writes():
+    pytest.importorskip("lightning")
+    assert {path: (DOCS / path).read_text() for path in pages()} == pages()
 
 
 def test_the_table_in_front_of_the_reference_is_the_packages_namespace():
