@@ -75,6 +75,7 @@ types: $(STAMP)
 # Resumes where it stopped; remove the tables to begin anew.
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/zoo.py --workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/zoo.py --workers $(WORKERS) --cut
 	OMP_NUM_THREADS=1 $(BIN)/python tools/zoo.py --workers $(WORKERS) --library torchvision
 
 build: $(STAMP)

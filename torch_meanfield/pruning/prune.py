@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -91,6 +92,7 @@ def prune_depth_(
     if not isinstance(model, nn.Module):
         raise TypeError(f"prune_depth_: model must be a torch.nn.Module, got {type(model).__name__}")
     check_asked(remove, keep, to_latency)
+    gc.collect()  # what nobody holds any more (a wrapper, an average, an optimizer) says nothing
     check_free(model)
     read = [] if batches is None else read_batches(batches, model, "prune_depth_")
     trainers = optimizers_of(model, optimizers)
