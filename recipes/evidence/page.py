@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The page of results: what was asked, what came out, made from the JSON files alone.
 
-    python recipes/evidence/page.py [--results benchmarks/results] [--page docs/evidence.md]
+    python recipes/evidence/page.py [--results benchmarks/results] [--page docs/results.md]
 
 A question whose file is not there yet is named as open, with the command that answers it.
 """
@@ -84,7 +84,7 @@ def page(results: Path, beside: Path) -> str:
         beside: Folder in which the page will lie, for its links.
     """
     parts = [
-        "# Evidence\n",
+        "# Results\n",
         "Written by `python recipes/evidence/page.py` from the JSON files in `benchmarks/results/`; no figure is typed "
         "by hand. Errors on re-encoded images are compared with one another only.\n",
     ]
@@ -105,7 +105,7 @@ def main() -> None:
     """The script."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     args = parser.parse_args()
     args.page.write_text(page(args.results, args.page.parent))
 

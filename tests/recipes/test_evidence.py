@@ -246,7 +246,7 @@ def test_a_reference_that_removes_by_hand_finds_the_same_error(folder):
 
 def test_the_page_in_the_docs_is_what_the_files_make():
     root = Path(__file__).resolve().parents[2]
-    assert (root / "docs" / "evidence.md").read_text() == page.page(root / "benchmarks" / "results", root / "docs")
+    assert (root / "docs" / "results.md").read_text() == page.page(root / "benchmarks" / "results", root / "docs")
 
 
 def test_rates_are_tried_beyond_an_edge_until_the_best_is_at_none(tmp_path, monkeypatch):
