@@ -145,6 +145,14 @@ class MeanFieldSequential(MeanFieldLayer):
             raise self._fixed()
         return cast("list[nn.Module]", branches)
 
+    def take_out_(self, size: int, undo: ExitStack) -> None:
+        """See :meth:`.MeanFieldLayer.take_out_`."""
+        blocks = children_of(self)
+        undo.callback(blocks.update, dict(blocks))
+        undo.callback(blocks.clear)
+        for name in [n for n in blocks if n.isdigit() and int(n) >= size]:
+            del blocks[name]
+
     def append(self, *args: Any) -> None:
         """Not possible: a layer keeps its number of branches."""
         raise self._fixed()
