@@ -58,6 +58,11 @@ class Learned(Model):
         return {"rope": self.learned[i]}
 
 
+class LearnedThenComputed(Model):
+    def handed(self, i, x):
+        return {"rope": self.learned[i].exp()}
+
+
 class Conditioned(Model):
     """By modules of the model, one for each place, that begin at zero."""
 
@@ -80,12 +85,21 @@ class Shared(Model):
         return {"rope": self.table}
 
 
+class EqualTables(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = torch.ones(3, 6)
+
+    def handed(self, i, x):
+        return {"rope": self.tables[i]}
+
+
 class MadeAnew(Model):
     def handed(self, i, x):
         return {"rope": self.table.cos(), "mask": self.condition(x)}
 
 
-@pytest.mark.parametrize("kind", [Buffers, Learned, Conditioned, Computed, Pair])
+@pytest.mark.parametrize("kind", [Buffers, Learned, LearnedThenComputed, Conditioned, Computed, Pair])
 def test_blocks_that_are_handed_other_tensors_do_not_change_places(kind):
     torch.manual_seed(0)
     model = kind()
@@ -95,7 +109,7 @@ def test_blocks_that_are_handed_other_tensors_do_not_change_places(kind):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", [Shared, MadeAnew])
+@pytest.mark.parametrize("kind", [Shared, EqualTables, MadeAnew])
 def test_what_is_one_for_all_forbids_nothing(kind):
     torch.manual_seed(0)
     model, x = kind(), torch.randn(4, 6)
@@ -103,6 +117,17 @@ def test_what_is_one_for_all_forbids_nothing(kind):
     convert(model, x)
     assert len(conversion_report(model).stages[0].particles) == 3
     assert torch.equal(model(x), expected)
+
+
+def test_on_the_meta_device_what_is_not_known_to_be_one_forbids_an_exchange():
+    with torch.device("meta"):
+        models = [Buffers(), Learned(), EqualTables(), Shared(), MadeAnew()]
+        x = torch.randn(4, 6)
+    for model in models[:3]:
+        with pytest.raises(ValueError, match=r"forward\.rope"):
+            convert(model, x)
+    for model in models[3:]:
+        assert len(conversion_report(convert(model, x)).stages[0].particles) == 3
 
 
 @pytest.mark.parametrize("kind", [Buffers, Conditioned])

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_meanfield._torch import version_of
 from torch_meanfield.convert.blocks import Block
-from torch_meanfield.convert.description import Attribute
+from torch_meanfield.convert.description import Attribute, plain
 from torch_meanfield.convert.residual import origin
 from torch_meanfield.convert.trace import ForwardGraph, ModuleCall, Value
-from torch_meanfield.observe.functions import PARTS, SAME
 
 
 class Handed:
     """One tensor that a block was called with.
 
-    Two are equal if they are one tensor, or have the same content from the same maker: what two modules make, or two
-    parameters hold, is equal at most for now.
+    Two are equal if they are one tensor or the same was computed twice; or if they have the same content and depend on
+    no parameter: what parameters make is equal at most for now.
 
     Args:
         value: what it is in the graph.
@@ -30,28 +30,63 @@ class Handed:
 
     def __init__(self, value: Value, tensor: Tensor, version: int) -> None:
         self.value, self.tensor, self.version = origin(value), tensor, version
-        made = self.value.node
-        self.maker = made.module if made is not None else self.value.name if self.value.kind == "parameter" else ""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Handed):
             return NotImplemented
-        if self.value is other.value:
+        if _same_computation(self.value, other.value):
             return True
-        if self.maker != other.maker or _is_of_a_parameter(self.value) or self._written() or other._written():
+        if any(each._is_unknown() or _reads_parameters(each.value) for each in (self, other)):
             return False
         a, b = self.tensor.detach(), other.tensor.detach()
-        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-            return False
-        return a.is_meta or torch.equal(a, b)
+        alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        return alike and torch.equal(a, b)
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _written(self) -> bool:
-        return version_of(self.tensor) != self.version
+    def _is_unknown(self) -> bool:
+        return self.tensor.is_meta or version_of(self.tensor) != self.version
 
     def __repr__(self) -> str:
-        return f"a tensor {tuple(self.tensor.shape)}" + (f" of {self.maker}" if self.maker else "")
+        maker = self.value.node.module if self.value.node is not None else self.value.name
+        return f"a tensor {tuple(self.tensor.shape)}" + (f" of {maker!r}" if maker else "")
+
+
+def _same_computation(one: Value, other: Value) -> bool:
+    """Whether both were computed by the same functions from the same tensors and literals."""
+    waiting: list[tuple[Any, Any]] = [(one, other)]
+    seen: set[tuple[int, int]] = set()
+    while waiting:
+        a, b = waiting.pop()
+        if a is b or (id(a), id(b)) in seen:
+            continue
+        if isinstance(a, Value) and isinstance(b, Value):
+            seen.add((id(a), id(b)))
+            if a.node is None or b.node is None or a.node.name != b.node.name:
+                return False
+            if a.node.outputs.index(a) != b.node.outputs.index(b):
+                return False
+            waiting += [(a.node.args, b.node.args), (list(a.node.kwargs.items()), list(b.node.kwargs.items()))]
+        elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            if len(a) != len(b):
+                return False
+            waiting += zip(a, b, strict=True)
+        elif type(a) is not type(b) or plain(a) != plain(b):
+            return False
+    return True
+
+
+def _reads_parameters(value: Value) -> bool:
+    """Whether a parameter is among what ``value`` was computed from."""
+    waiting, seen = [value], set[Value]()
+    while waiting:
+        value = waiting.pop()
+        if value.kind == "parameter":
+            return True
+        if value.node is not None and value not in seen:
+            seen.add(value)
+            waiting += value.node.inputs
+    return False
 
 
 def describe_handed(blocks: Sequence[Block], graph: ForwardGraph, modules: Mapping[str, nn.Module]) -> None:
@@ -95,10 +130,3 @@ def _descendants(values: Sequence[Value], graph: ForwardGraph) -> set[Value]:
             found.add(value)
             waiting += [out for node in graph.readers.get(value, ()) for out in node.outputs]
     return found
-
-
-def _is_of_a_parameter(value: Value) -> bool:
-    """Whether ``value`` is a parameter or a part of one, which will be trained apart from the others."""
-    while value.node is not None and value.node.name in (SAME | PARTS) and value.node.inputs:
-        value = value.node.inputs[0]
-    return value.kind == "parameter"
