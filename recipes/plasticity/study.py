@@ -48,10 +48,13 @@ def table(runs: Sequence[Run], name: str) -> str:
 
 
 def commits(runs: Sequence[Run]) -> str:
-    """Which methods were run at which commit, where it was not one for all."""
+    """Which methods were run at which commit, where it was not one for all; one run at several is told by setting."""
+    at: dict[str, set[str | None]] = {}
+    for r in runs:
+        at.setdefault(r.method, set()).add(r.commit)
     of: dict[str | None, dict[str, None]] = {}
     for r in runs:
-        of.setdefault(r.commit, {})[r.method] = None
+        of.setdefault(r.commit, {})[r.method if len(at[r.method]) == 1 else f"{r.method} ({r.setting})"] = None
     if len(of) < 2:
         return ""
     return "Runs of commit " + "; of ".join(f"{commit}: {', '.join(methods)}" for commit, methods in of.items()) + ".\n"

@@ -76,7 +76,7 @@ def test_averages_are_those_of_the_plain_recursion_to_the_bit_whenever_they_are_
     torch.manual_seed(0)
     a, b = with_gradient(2, 5, dtype=dtype), with_gradient(3, 2, dtype=dtype)
     averages, _ = table_of(population_of(Slice(a, 1)), population_of(Slice(b, 0)), window=window)
-    reference = torch.zeros(5, 8, dtype=dtype)
+    reference = torch.zeros(6, 8, dtype=dtype)
     for step in range(300):
         a.grad, b.grad = torch.randn(2, 5, dtype=dtype), torch.randn(3, 2, dtype=dtype)
         a.grad[:, 1] *= step % 50 < 3
@@ -89,7 +89,7 @@ def test_averages_are_those_of_the_plain_recursion_to_the_bit_whenever_they_are_
         else:
             new = torch.stack([value, value.square(), torch.ones_like(value)])
             averaged = reference[:3].lerp(new, 1 - (1 - 1 / window))
-            counted = torch.stack([(reference[3] + 1) * (value == 0), reference[4] + 1])
+            counted = torch.stack([(reference[3] + 1) * (value == 0), reference[4] + 1, reference[5] + (value != 0)])
             reference = torch.where(present, torch.cat([averaged, counted]), reference)
         averages.read()
         if torch.rand(()) < 0.03:
