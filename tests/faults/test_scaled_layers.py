@@ -327,7 +327,8 @@ def test_fold_measures_against_a_network_in_which_every_step_acts() -> None:
 def test_a_compiled_model_takes_the_step_too(name: str, before: bool) -> None:
     model, plain = converted(), network()
     torch.compiler.reset()  # what other tests have compiled counts
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    # the compiler of torch 2.6 cannot write to a module's attributes, and breaks the graph
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=not torch.__version__.startswith("2.6."))
     if before:
         compiled(X)
     for net in (model, plain):

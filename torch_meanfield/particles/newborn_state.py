@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 import weakref
 from collections import defaultdict
@@ -122,7 +123,11 @@ def _begun(
     try:
         # whatever the default device is: AdamW of torch 2.6 counts its steps there
         with unremembered(), torch.enable_grad(), torch.device("cpu"):
-            _step(twin)
+            try:
+                _step(twin)
+            except KeyError:  # its state is made with it, not at the first step (Adagrad of torch 2.6)
+                twin = _made_anew(optimizer, stand_in, options)
+                _step(twin)
     except Exception as error:
         warnings.warn(
             f"{name} could not be begun on a stand-in ({type(error).__name__}: {error}), so the state of newborn "
@@ -148,6 +153,12 @@ def _step(optimizer: Optimizer) -> None:
         step()
     except TypeError:  # it wants a closure
         step(lambda: torch.zeros(()))
+
+
+def _made_anew(optimizer: Optimizer, parameter: nn.Parameter, options: dict[str, Any]) -> Optimizer:
+    """An optimizer of this class over ``parameter``, with those of ``options`` that its constructor takes."""
+    taken = inspect.signature(type(optimizer)).parameters
+    return type(optimizer)([parameter], **{k: v for k, v in options.items() if k in taken and k != "params"})
 
 
 def _twin(optimizer: Optimizer, group: dict[str, Any], options: dict[str, Any], memo: dict[int, Any]) -> Optimizer:
