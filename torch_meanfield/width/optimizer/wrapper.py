@@ -44,8 +44,8 @@ class BirthDeathOptimizer(SharingOptimizer):
       :func:`.standing_out` and :func:`.removal`. The loss is taken for a negative log-likelihood (or a mean square) of
       natural scale. Where clipping cuts gradients to a tenth at most steps, the margin that protects good units is
       used up, and ``rate=0`` is the safe choice.
-    - ``scheme="plastic"``, for networks that must go on learning while the data or the task change, replaces every
-      unit that reached nothing for ``dead_after`` samples: see :class:`.Plastic`.
+    - ``scheme="plastic"``, for networks that must go on learning while the data or the task change, replaces
+      units that have fallen silent, for ``dead_after`` samples and longer than is their way: see :class:`.Plastic`.
     - ``scheme="exact"`` is the theory, (34) and (37):
       :math:`\partial_t\mu = \nabla\cdot(\mu\nabla V) - \alpha (V - \bar V)\mu` with alpha = ``rate``. Time is the
       sum of the learning rates. To check theory with, on potentials that are (nearly) exact: rates proportional to V,
@@ -93,7 +93,7 @@ class BirthDeathOptimizer(SharingOptimizer):
         threshold: how far a potential must stand out, in standard errors of its own average.
         batch_size: samples whose mean a step's gradient is, over all ranks; ``None``: counted at a layer of ``model``,
             unless that is compiled or run under ``vmap``. Without either a warning says what it costs.
-        dead_after: under ``plastic``, the number of samples that have not reached a unit when it is replaced.
+        dead_after: under ``plastic``, the least number of samples that have not reached a unit when it is replaced.
         max_share: under ``plastic``, the largest share of a population that is replaced at once.
         moment_share: second moments that the optimizer keeps (Adam's ``exp_avg_sq``) begin at this share of their mean
             for newborn units, other state as it began for the layer; ``None``: 0.003 under ``plastic``, else 0.01.
