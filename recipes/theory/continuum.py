@@ -27,7 +27,7 @@ from torch import Tensor
 from recipes.theory.flows import Branch, stack, swirl, train_
 from recipes.theory.report import arguments, figure, save, table
 from torch_meanfield import MeanFieldSequential
-from torch_meanfield.theory.continuum import Trajectory, half_squared, trajectory
+from torch_meanfield.theory.continuum import StreamTrajectory, half_squared, trajectory
 
 N, HIDDEN, SAMPLES, STEP, CANDIDATES = 6, 4, 256, 0.001, 100
 Batch = tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ def candidates(count: int, x: Tensor, seed: int) -> list[Branch]:
     return [to_norm_(Branch(2, HIDDEN, generator), x) for _ in range(count)]
 
 
-def descended(theta: Branch, where: Trajectory, t: float, steps: int = 100) -> Branch:
+def descended(theta: Branch, where: StreamTrajectory, t: float, steps: int = 100) -> Branch:
     """The best block on a way down the functional gradient at time t, its norm kept."""
     theta = copy.deepcopy(theta)
     state = where.states[where.cells(t)[0][0]]
@@ -106,7 +106,7 @@ def births(seed: int, batch: Batch) -> dict[str, list[float]]:
     return found
 
 
-def by_direction(where: Trajectory, angles: Tensor, times: Tensor) -> Tensor:
+def by_direction(where: StreamTrajectory, angles: Tensor, times: Tensor) -> Tensor:
     """The most negative functional gradient over a of length one of a tanh(2 <w, x>); ``(angles, times)``."""
     w = 2 * torch.stack([angles.cos(), angles.sin()])
     units = [(where.states[s], where.adjoints[p]) for s, p, _ in (where.cells(t)[0] for t in times.tolist())]

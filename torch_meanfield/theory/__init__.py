@@ -7,7 +7,7 @@ How particles are moved is not known here, and no other room imports this one.
 from torch_meanfield.theory.arc_cosine import inner_kernel as inner_kernel
 from torch_meanfield.theory.arc_cosine import outer_kernel as outer_kernel
 from torch_meanfield.theory.batch_norm import batch_norm_gradient_growth as batch_norm_gradient_growth
-from torch_meanfield.theory.continuum import Trajectory as Trajectory
+from torch_meanfield.theory.continuum import StreamTrajectory as StreamTrajectory
 from torch_meanfield.theory.continuum import functional_gradient as functional_gradient
 from torch_meanfield.theory.continuum import trajectory as trajectory
 from torch_meanfield.theory.curves import CurveGeometry as CurveGeometry

@@ -36,7 +36,7 @@ def half_squared(output: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectory:
+class StreamTrajectory:
     r"""A stack's states and adjoints on the tau axis, from :func:`trajectory`.
 
     Attributes:
@@ -94,7 +94,7 @@ def trajectory(
     loss: Loss = half_squared,
     substeps: int = 1,
     max_bytes: int = 2 << 30,
-) -> Trajectory:
+) -> StreamTrajectory:
     """One forward and one adjoint pass of a stack, kept whole.
 
     The stack is copied and runs in the mode it is in; it keeps its parameters, buffers, gradients and hooks, and the
@@ -140,7 +140,7 @@ def trajectory(
             adjoints.append(p + step.to(p.dtype) * pulled_back(output, state, p))
     begins, part = torch.cat([ends.new_zeros(1), ends[:-1]]), ends.new_tensor(range(1, substeps + 1)) / substeps
     inner = torch.lerp(begins[:, None], ends[:, None], part).flatten()
-    return Trajectory(
+    return StreamTrajectory(
         torch.cat([ends.new_zeros(1), inner]),
         torch.stack([s.detach() for s in states]),
         torch.stack(adjoints[::-1]),

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from torch_meanfield.depth import MeanFieldSequential
 from torch_meanfield.observe import undisturbed
-from torch_meanfield.theory.continuum import Block, Loss, Trajectory, applied, pulled_back
+from torch_meanfield.theory.continuum import Block, Loss, StreamTrajectory, applied, pulled_back
 
 
-def time_velocity(where: Trajectory, theta: Block, t: float | Sequence[float] | Tensor) -> Tensor:
+def time_velocity(where: StreamTrajectory, theta: Block, t: float | Sequence[float] | Tensor) -> Tensor:
     r"""The slope in time of the functional gradient of a block: what the Wasserstein flow moves it down along tau.
 
     .. math:: \frac{d}{dt} E\langle p_t, f(X_t, \theta)\rangle
@@ -51,7 +51,7 @@ def time_velocity(where: Trajectory, theta: Block, t: float | Sequence[float] | 
     return torch.stack(values).reshape(times.shape)
 
 
-def exchange_prices(where: Trajectory, probes: Sequence[Trajectory] = ()) -> Tensor:
+def exchange_prices(where: StreamTrajectory, probes: Sequence[StreamTrajectory] = ()) -> Tensor:
     r"""What the exchange of every two neighbours would do to the loss, from one forward and one adjoint pass.
 
     .. math:: \Delta E_l \approx E\langle p^{l+1}, \delta_l\rangle, \qquad

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_meanfield.depth import MeanFieldSequential
 from torch_meanfield.observe import undisturbed
-from torch_meanfield.theory.continuum import Loss, Trajectory, applied, half_squared, trajectory
+from torch_meanfield.theory.continuum import Loss, StreamTrajectory, applied, half_squared, trajectory
 from torch_meanfield.theory.exchange import probe_loss
 
 Batch = tuple[Tensor, Tensor]
@@ -23,7 +23,9 @@ Move = tuple[int, int]
 PATIENCE = 3  # rounds without a move
 
 
-def move_prices(where: Trajectory, probes: Sequence[Trajectory] = (), *, reach: int | None = None) -> Tensor:
+def move_prices(
+    where: StreamTrajectory, probes: Sequence[StreamTrajectory] = (), *, reach: int | None = None
+) -> Tensor:
     r"""What it would do to the loss if the block at place i went to place j, those between moving up.
 
     As :func:`.exchange_prices`, which are the entries beside the diagonal: :math:`E\langle p, \delta\rangle` and, by
@@ -184,7 +186,7 @@ def inversions(labels: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def _loss_of(where: Trajectory, order: Sequence[int], batch: Batch, loss: Loss) -> float:
+def _loss_of(where: StreamTrajectory, order: Sequence[int], batch: Batch, loss: Loss) -> float:
     steps, x = where.times.diff().to(where.states), batch[0]
     with undisturbed():
         for k in order:

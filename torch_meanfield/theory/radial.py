@@ -3,7 +3,7 @@ r"""Two isotropic Gaussians told apart by a two-layer network: a mean field with
 With probability 1/2 each, y = 1 and :math:`x \sim N(0, (1 + \Delta)^2 I_d)`, or y = -1 and :math:`x \sim N(0, (1 -
 \Delta)^2 I_d)`. The network :math:`f(x) = \int \sigma(\langle w, x\rangle)\,\rho(dw)` has units that rise in a straight
 line from one constant to another. Data and initial law are rotation-invariant, so :math:`\rho` remains so, and f
-depends on |x| alone, through the average of a unit over the sphere:
+depends on the length of x alone, through the average of a unit over the sphere:
 
 .. math:: f(x) = \int q(r\,|x|)\,\rho(dr), \qquad q(z) = E_n\,\sigma(z\,n_1), \quad n \text{ uniform on the sphere}
 
@@ -80,7 +80,7 @@ class RadialProblem:
         return rise * (self._moment(self.start, z) - self._moment(self.end, z))
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A quadrature of the data: lengths |x|, their weights and labels; ``(S,)`` each."""
+        """A quadrature of the data: the inputs' lengths, their weights and labels; ``(S,)`` each."""
         if self.dim is None:
             s, w = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         else:
