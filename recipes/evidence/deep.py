@@ -86,8 +86,8 @@ def table(found: Row) -> str:
     rows = found["rows"]
     seeds = sorted({r["seed"] for r in rows})
     lines = [
-        f"| blocks | form | {' | '.join(f'seed {s}' for s in seeds)} | mean | steps or factors at the end | below a tenth "
-        "of their mean | re-sorts |",
+        f"| blocks | form | {' | '.join(f'seed {s}' for s in seeds)} | mean | steps or factors at the end | below a "
+        "tenth of their mean | re-sorts |",
         f"| ---: | --- |{' ---: |' * len(seeds)} ---: | --- | ---: | ---: |",
     ]
     for blocks in sorted({r["blocks"] for r in rows}):

@@ -1,4 +1,4 @@
-"""A grid of small trainings in one process: a file for each that is done, so that a command goes on where it stopped."""
+"""A grid of small trainings in one process: a file for each that is done, so that a command can go on."""
 
 from __future__ import annotations
 
