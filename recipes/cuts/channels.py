@@ -45,7 +45,7 @@ def pruned(model: nn.Module, network: Network, scoring: Batches, way: str, ratio
     try:
         import torch_pruning as tp
     except ImportError as missing:
-        raise BadInput('the arm `channels` needs torch-pruning: pip install "torch-meanfield[peers]"') from missing
+        raise BadInput('the arm `channels` needs torch-pruning: pip install "torch-meanfield[studies]"') from missing
     by, scope = way.split(", ")
     copy = network.traceable(model).eval()
     last = [m for m in copy.modules() if isinstance(m, nn.Linear)][-1]  # its outputs are the classes

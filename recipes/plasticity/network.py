@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,27 +29,48 @@ class Hidden:
     values: Tensor
 
 
-class Mlp(nn.Module):
-    """Two hidden layers of ``width`` units.
+class Network(nn.Module, ABC):
+    """A network whose hidden units can be looked at.
+
+    Attributes:
+        widths: units in each of its hidden layers.
+        values: the units of each at the last forward pass, ``(B, n)``.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = list(widths)
+        self.values: list[Tensor] = []
+
+    @abstractmethod
+    def hidden(self) -> list[Hidden]:
+        """Its hidden layers with what they held in the last forward pass."""
+
+
+class Mlp(Network):
+    """Hidden layers of ``widths`` units.
 
     Args:
         inputs: numbers in an input.
         classes: numbers in an output.
-        width: units in a hidden layer.
+        widths: units in each hidden layer.
         activation: a key of :data:`ACTIVATIONS`.
         norm: a layer norm before each activation.
     """
 
     def __init__(
-        self, inputs: int, classes: int, width: int = 64, activation: str = "relu", norm: bool = False
+        self,
+        inputs: int,
+        classes: int,
+        widths: Sequence[int] = (64, 64),
+        activation: str = "relu",
+        norm: bool = False,
     ) -> None:
-        super().__init__()
-        sizes = [inputs, width, width, classes]
-        self.width = width
+        super().__init__(widths)
+        sizes = [inputs, *widths, classes]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) if norm else nn.Identity() for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) if norm else nn.Identity() for width in widths)
         self.activation = ACTIVATIONS[activation]()
-        self.values: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.values = []
@@ -57,20 +80,19 @@ class Mlp(nn.Module):
         return self.layers[-1](x)
 
     def hidden(self) -> list[Hidden]:
-        """Its hidden layers with what they held in the last forward pass."""
+        """See :meth:`Network.hidden`."""
         layers, norms = list(self.layers), [n if isinstance(n, nn.LayerNorm) else None for n in self.norms]
-        return [Hidden(layers[i], layers[i + 1], norms[i], self.values[i]) for i in range(2)]
+        return [Hidden(layers[i], layers[i + 1], norms[i], self.values[i]) for i in range(len(norms))]
 
 
-class ConvNet(nn.Module):
+class ConvNet(Network):
     """Three convolutions of ``width`` channels on images of 14 x 14 given as rows; a channel is a unit.
 
     14 x 14 becomes 7 x 7, 4 x 4 and 1 x 1; what is left is read by a linear layer.
     """
 
     def __init__(self, classes: int, width: int = 32) -> None:
-        super().__init__()
-        self.width = width
+        super().__init__([width] * 3)
         self.layers = nn.ModuleList(
             [
                 nn.Conv2d(1, width, 3, stride=2, padding=1),
@@ -79,7 +101,6 @@ class ConvNet(nn.Module):
                 nn.Linear(width, classes),
             ]
         )
-        self.values: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.values = []
@@ -90,13 +111,13 @@ class ConvNet(nn.Module):
         return self.layers[-1](x.flatten(1))
 
     def hidden(self) -> list[Hidden]:
-        """Its hidden layers with what they held in the last forward pass."""
+        """See :meth:`Network.hidden`."""
         layers = list(self.layers)
         return [Hidden(layers[i], layers[i + 1], None, self.values[i]) for i in range(3)]
 
 
 @torch.no_grad()
-def silent_share(model: Mlp | ConvNet, x: Tensor) -> float:
+def silent_share(model: Network, x: Tensor) -> float:
     """Of the hidden units, the share that no row of ``x`` reaches (0 of a smooth activation)."""
     model(x)
     return float(torch.cat([(values == 0).all(0) for values in model.values]).float().mean())

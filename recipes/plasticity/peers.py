@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from recipes.plasticity.network import ConvNet, Hidden, Mlp
+from recipes.plasticity.network import Hidden, Network
 
 
 class Method:
@@ -24,7 +24,7 @@ class Method:
         generator: their source of randomness.
     """
 
-    def __init__(self, model: Mlp | ConvNet, optimizer: Optimizer, generator: torch.Generator) -> None:
+    def __init__(self, model: Network, optimizer: Optimizer, generator: torch.Generator) -> None:
         self.model, self.optimizer, self.generator, self.steps = model, optimizer, generator, 0
 
     def pull(self) -> None:
@@ -58,7 +58,7 @@ class L2Init(Method):
 
     STRENGTH = 1e-3
 
-    def __init__(self, model: Mlp | ConvNet, optimizer: Optimizer, generator: torch.Generator) -> None:
+    def __init__(self, model: Network, optimizer: Optimizer, generator: torch.Generator) -> None:
         super().__init__(model, optimizer, generator)
         self.initial = [p.detach().clone() for p in model.parameters()]
 
@@ -104,15 +104,15 @@ class ContinualBackprop(Method):
 
     RATE, MATURITY, DECAY = 3e-3, 20, 0.99
 
-    def __init__(self, model: Mlp | ConvNet, optimizer: Optimizer, generator: torch.Generator) -> None:
+    def __init__(self, model: Network, optimizer: Optimizer, generator: torch.Generator) -> None:
         super().__init__(model, optimizer, generator)
-        n, layers = model.width, len(model.layers) - 1
-        self.utility, self.age, self.due = torch.zeros(layers, n), torch.zeros(layers, n), [0.0] * layers
+        self.utility, self.age = ([torch.zeros(n) for n in model.widths] for _ in range(2))
+        self.due = [0.0] * len(model.widths)
 
     @torch.no_grad()
     def act(self) -> None:
-        self.age += 1
         for i, hidden in enumerate(self.model.hidden()):
+            self.age[i] += 1
             useful = hidden.values.abs().mean(0) * hidden.last.weight.abs().transpose(0, 1).flatten(1).sum(1)
             self.utility[i].mul_(self.DECAY).add_(useful, alpha=1 - self.DECAY)
             mature = self.age[i] > self.MATURITY
@@ -123,7 +123,7 @@ class ContinualBackprop(Method):
                 corrected = self.utility[i] / (1 - self.DECAY ** self.age[i])
                 units = torch.where(mature, corrected, torch.inf).argsort()[:count]
                 self.reinitialise_(hidden, units)
-                self.utility[i, units] = self.age[i, units] = 0
+                self.utility[i][units] = self.age[i][units] = 0
 
 
 class SelfNormalisedResets(Method):
@@ -135,36 +135,38 @@ class SelfNormalisedResets(Method):
 
     PERCENTILE, UPDATE, FIRST, LONGEST = 0.95, 300, 20, 1000
 
-    def __init__(self, model: Mlp | ConvNet, optimizer: Optimizer, generator: torch.Generator) -> None:
+    def __init__(self, model: Network, optimizer: Optimizer, generator: torch.Generator) -> None:
         super().__init__(model, optimizer, generator)
-        n, layers = model.width, len(model.layers) - 1
-        self.silent = torch.zeros(layers, n, dtype=torch.long)
-        self.ended = torch.zeros(layers, n, self.LONGEST + 1)
-        self.threshold = torch.full((layers, n), self.FIRST)
+        self.silent = [torch.zeros(n, dtype=torch.long) for n in model.widths]
+        self.ended = [torch.zeros(n, self.LONGEST + 1) for n in model.widths]
+        self.threshold = [torch.full((n,), self.FIRST) for n in model.widths]
 
     @torch.no_grad()
     def act(self) -> None:
         self.steps += 1
-        fires = torch.stack([(hidden.values > 0).any(0) for hidden in self.model.hidden()])
-        self._count(fires & (self.silent > 0))
-        self.silent = torch.where(fires, 0, self.silent + 1)
-        due = self.silent >= self.threshold
-        if due.any():
-            self._count(due)
-            self.silent[due] = 0
-            for hidden, units in zip(self.model.hidden(), due, strict=True):
-                if units.any():
-                    self.reinitialise_(hidden, units.nonzero().flatten())
-        if self.steps % self.UPDATE == 0:
-            share = self.ended.cumsum(2) / self.ended.sum(2, keepdim=True)  # nan where none ended: then at once
-            percentile = (share >= self.PERCENTILE).long().argmax(2)
-            shorter = percentile < self.threshold
-            self.threshold = torch.where(shorter, percentile, 2 * self.threshold).clamp(1, self.LONGEST)
-            self.ended.zero_()
+        for i, hidden in enumerate(self.model.hidden()):
+            fires = (hidden.values > 0).any(0)
+            self._count(i, fires & (self.silent[i] > 0))
+            self.silent[i] = torch.where(fires, 0, self.silent[i] + 1)
+            due = self.silent[i] >= self.threshold[i]
+            if due.any():
+                self._count(i, due)
+                self.silent[i][due] = 0
+                self.reinitialise_(hidden, due.nonzero().flatten())
+            if self.steps % self.UPDATE == 0:
+                self._learn(i)
 
-    def _count(self, units: Tensor) -> None:
-        layer, unit = units.nonzero(as_tuple=True)
-        self.ended[layer, unit, self.silent[layer, unit].clamp_max(self.LONGEST)] += 1
+    def _count(self, layer: int, units: Tensor) -> None:
+        places = units.nonzero().flatten()
+        self.ended[layer][places, self.silent[layer][places].clamp_max(self.LONGEST)] += 1
+
+    def _learn(self, layer: int) -> None:
+        ended, threshold = self.ended[layer], self.threshold[layer]
+        share = ended.cumsum(1) / ended.sum(1, keepdim=True)  # nan where none ended: then at once
+        percentile = (share >= self.PERCENTILE).long().argmax(1)
+        shorter = percentile < threshold
+        self.threshold[layer] = torch.where(shorter, percentile, 2 * threshold).clamp(1, self.LONGEST)
+        ended.zero_()
 
 
 class Upgd(Optimizer):

@@ -43,11 +43,13 @@ class Stream:
             one epoch over the same images; the score is the accuracy on 10,000 others. ``"regression"``: see
             :mod:`.bits`; the score is the share of the variance that is explained before each step. ``"classes"``: two
             more classes at every task, with those before; ``samples`` of each, the score is the accuracy on 1,000
-            others of these classes.
+            others of these classes. ``"cartpole"``: no images, see :mod:`.dqn`; ``samples`` are steps.
         tasks: how many.
         samples: images in a task.
         epochs: in a task.
         last: over how many tasks at the end the score is averaged.
+        batch: images in a step.
+        side: pixels to which images are averaged.
     """
 
     kind: str
@@ -55,6 +57,8 @@ class Stream:
     samples: int
     epochs: int
     last: int
+    batch: int = 16
+    side: int = SIDE
 
     def walk(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Iterator[Task]:
         """The tasks, drawn from the images ``x`` (``(N, d)``) of classes ``y``."""
@@ -95,13 +99,18 @@ STREAMS = {
     "permuted": Stream("permuted", tasks=60, samples=4800, epochs=1, last=20),
     "stationary": Stream("stationary", tasks=15, samples=12_000, epochs=1, last=1),
     "convolutions": Stream("labels", tasks=20, samples=640, epochs=30, last=5),
+    "protocol": Stream("permuted", tasks=20, samples=5000, epochs=1, last=20, batch=1, side=28),
+    "cartpole": Stream("cartpole", tasks=10, samples=4000, epochs=1, last=5, batch=32),
     "incremental": Stream("classes", tasks=5, samples=100, epochs=5, last=1),
     "regression": Stream("regression", tasks=200, samples=1600, epochs=1, last=50),
 }
 
 
-def inputs(images: Images, standardised: bool) -> Tensor:
-    """Pixels in [0, 1] averaged to 14 x 14, one row an image; ``standardised``: by the mean and deviation of all."""
+def inputs(images: Images, standardised: bool, side: int = SIDE) -> Tensor:
+    """Pixels in [0, 1] averaged to ``side`` x ``side``, one row an image.
+
+    ``standardised``: by the mean and deviation of all.
+    """
     x = images.pixels.float() / 255
-    x = F.adaptive_avg_pool2d(x, min(SIDE, x.shape[-1])).flatten(1)
+    x = F.adaptive_avg_pool2d(x, min(side, x.shape[-1])).flatten(1)
     return (x - x.mean()) / x.std() if standardised else x

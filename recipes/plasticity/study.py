@@ -17,9 +17,13 @@ from tqdm import tqdm
 from recipes.errors import BadInput, leave
 from recipes.images.source import Images
 from recipes.images.sources import open_source
+from recipes.plasticity.dqn import balance
+from recipes.plasticity.settings import SETTINGS, Setting
 from recipes.plasticity.streams import STREAMS, Stream, inputs
-from recipes.plasticity.training import METHODS, OURS, SETTINGS, Run, Setting, train
+from recipes.plasticity.training import METHODS, OURS, Run, installed, train
 from recipes.record import DIGITS, provenance, write_json
+
+MADE = {"regression": "bits", "cartpole": "CartPole"}  # streams that need no images
 
 
 def table(runs: Sequence[Run], name: str) -> str:
@@ -35,9 +39,9 @@ def table(runs: Sequence[Run], name: str) -> str:
         for method, group in groups.items():
             if not group:
                 continue
-            of = {r.seed: f"{r.score:.3f}" for r in group}
+            of = {r.seed: figure(r.score) for r in group}
             mean = statistics.mean(r.score for r in group)
-            shown = f"**{mean:.3f}**" if mean == best else f"{mean:.3f}"
+            shown = f"**{figure(mean)}**" if mean == best else figure(mean)
             silent = statistics.mean(r.silent for r in group)
             born = f"{statistics.mean(r.births for r in group):.0f}" if method in OURS else ""
             lines.append(
@@ -65,8 +69,13 @@ def _interval(values: Sequence[float]) -> str:
     quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
     n = len(values)
     if n not in quantile:
-        return "" if n < 2 else f"± {1.96 * statistics.stdev(values) / math.sqrt(n):.3f}"
-    return f"± {quantile[n] * statistics.stdev(values) / math.sqrt(n):.3f}"
+        return "" if n < 2 else f"± {figure(1.96 * statistics.stdev(values) / math.sqrt(n))}"
+    return f"± {figure(quantile[n] * statistics.stdev(values) / math.sqrt(n))}"
+
+
+def figure(value: float) -> str:
+    """Three decimals of an accuracy, one of a return."""
+    return f"{value:.1f}" if abs(value) >= 2 else f"{value:.3f}"
 
 
 def draw(runs: Sequence[Run], path: Path, ylabel: str) -> None:
@@ -102,7 +111,8 @@ def arguments(
     parser.add_argument("--data", default="fashion-mnist", help="digits, fashion-mnist, cifar10, or folder:PATH")
     parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision keeps what it downloads")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
-    parser.add_argument("--methods", nargs="+", default=list(methods), choices=methods, metavar="METHOD")
+    here = [m for m in methods if installed(m)]
+    parser.add_argument("--methods", nargs="+", default=here, choices=methods, metavar="METHOD")
     parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--tasks", type=int, help="fewer tasks than the benchmark has, to try it out")
     parser.add_argument("--weights", type=Path, help="state dict that a timm backbone begins from")
@@ -115,6 +125,10 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
     """Run what is not there yet, then write ``name``.md, .json and .png to ``args.out``."""
     torch.set_num_threads(1)  # as fast, and the sums come out the same on every machine
     try:
+        for absent in (m for m in args.methods if not installed(m)):
+            raise BadInput(
+                f"--methods {absent!r}: it is not installed; pip install 'torch-meanfield[studies]', or leave it out"
+            )
         source, images = _images(stream, args)
     except BadInput as error:
         leave(f"{name}.py", error)
@@ -131,9 +145,7 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
         leave(f"{name}.py", BadInput(f"--done: nothing of this is in {args.out / 'runs'}; run it first"))
     text = table(runs, name)
     print(text)
-    options = ("--settings", *args.settings, "--methods", *args.methods, "--seeds", *map(str, args.seeds))
-    command = shlex.join(["python", f"recipes/plasticity/{name}.py", "--data", args.data, *options])
-    made = {"command": command, "data": source, "stream": asdict(stream)}
+    made = {"command": _command(name, args, runs), "data": source, "stream": asdict(stream)}
     write_json(
         args.out / f"{name}.json",
         {**made, **provenance(torch.device("cpu")), "runs": [asdict(r) for r in runs]},
@@ -143,6 +155,16 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
     text += f"\nMade by `{made['command']}` in {hours:.1f} hours of one thread.\n"
     (args.out / f"{name}.md").write_text(text + commits(runs))
     draw(runs, args.out / f"{name}.png", ylabel)
+
+
+def _command(name: str, args: Namespace, runs: Sequence[Run]) -> str:
+    """What makes these runs, and no others."""
+    methods = [m for m in METHODS if any(r.method == m for r in runs)]
+    options = ["--settings", *dict.fromkeys(r.setting for r in runs), "--methods", *methods]
+    options += ["--seeds", *(str(s) for s in sorted({r.seed for r in runs}))]
+    options += [] if args.tasks is None else ["--tasks", str(args.tasks)]
+    options += [] if args.weights is None else ["--weights", args.weights.name]
+    return shlex.join(["python", f"recipes/plasticity/{name}.py", "--data", args.data, *options])
 
 
 def main(
@@ -155,8 +177,8 @@ def main(
 
 def _images(stream: Stream, args: Namespace) -> tuple[str, Images | None]:
     """The name of the data, and all that is trained on; ``None`` where the stream makes its own."""
-    if stream.kind == "regression":
-        return "bits", None
+    if stream.kind in MADE:
+        return MADE[stream.kind], None
     source = open_source(args.data, args.root, 32)
     source.download()
     return source.name, source.decode("train")
@@ -165,8 +187,8 @@ def _images(stream: Stream, args: Namespace) -> tuple[str, Images | None]:
 def _once(path: Path, stream: Stream, setting: Setting, method: str, seed: int, images: Images | None) -> Run:
     if path.is_file():
         return Run(**json.loads(path.read_text()))
-    data = None if images is None else (inputs(images, setting.standardised), images.labels)
-    run = train(stream, setting, method, seed, data)
+    data = None if images is None else (inputs(images, setting.standardised, stream.side), images.labels)
+    run = (balance if stream.kind == "cartpole" else train)(stream, setting, method, seed, data)
     run.commit = provenance(torch.device("cpu"))["commit"]
     write_json(path, asdict(run))
     return run

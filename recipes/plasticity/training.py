@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 
-from recipes.plasticity.backbone import Backbone
+from recipes.errors import BadInput
 from recipes.plasticity.bits import BITS
-from recipes.plasticity.network import ConvNet, Mlp, silent_share
+from recipes.plasticity.network import Network, silent_share
 from recipes.plasticity.peers import (
     ContinualBackprop,
     L2Init,
@@ -24,54 +25,10 @@ from recipes.plasticity.peers import (
     ShrinkPerturb,
     Upgd,
 )
+from recipes.plasticity.settings import RunningNorm, Setting
 from recipes.plasticity.streams import Stream
 from torch_meanfield import BirthDeathOptimizer
 
-BATCH = 16
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A network, its inputs and its optimizer."""
-
-    name: str
-    standardised: bool = False
-    norm: bool = False
-    activation: str = "relu"
-    optimizer: str = "adam"
-    width: int = 64
-    convolutions: bool = False
-    backbone: str | None = None
-    weights: Path | None = None
-
-    def model(self, inputs: int, outputs: int) -> Mlp | ConvNet | Backbone:
-        """A network of that many numbers in and out."""
-        if self.backbone is not None:
-            return Backbone(outputs, self.backbone, self.weights)
-        if self.convolutions:
-            return ConvNet(outputs, self.width)
-        return Mlp(inputs, outputs, self.width, self.activation, self.norm)
-
-    def bare(self, model: nn.Module) -> Optimizer:
-        """Adam at 1e-3 or SGD at 0.1."""
-        return Adam(model.parameters(), lr=1e-3) if self.optimizer == "adam" else SGD(model.parameters(), lr=0.1)
-
-
-SETTINGS = {
-    s.name: s
-    for s in (
-        Setting("pixels"),
-        Setting("standardised", standardised=True),
-        Setting("layer norm", norm=True),
-        Setting("SGD", optimizer="sgd"),
-        Setting("GELU", activation="gelu"),
-        Setting("tanh", activation="tanh"),
-        Setting("ConvNet", width=32, convolutions=True),
-        Setting("8 units", width=8),
-        Setting("64 units"),
-        Setting("resnet18", backbone="resnet18"),
-    )
-}
 PEERS: dict[str, type[Method]] = {
     "bare": Method,
     "L2-init": L2Init,
@@ -81,7 +38,10 @@ PEERS: dict[str, type[Method]] = {
     "self-normalised resets": SelfNormalisedResets,
 }
 OURS: dict[str, dict[str, Any]] = {"library, default": {}, "library, plastic": {"scheme": "plastic"}}
-METHODS = (*PEERS, "UPGD", *OURS)
+SEEN = 12_000  # images, at most, that decide whether a unit is silent
+CCBP_SETTING = {"reset_interval": 100, "replacement_rate": 0.015}  # of five, on tuning seeds
+PACKAGED = "ccbp-pytorch"  # wraps any optimizer, as we do
+METHODS = (*PEERS, "UPGD", PACKAGED, *OURS)
 BLIND = ("bare", "L2-init", "shrink and perturb", "UPGD", *OURS)  # those that need not see hidden units
 
 
@@ -105,54 +65,92 @@ def train(stream: Stream, setting: Setting, method: str, seed: int, images: tupl
 
     Args:
         images: as rows, with their classes; ``None`` for a stream that needs none.
+
+    Raises:
+        BadInput: a method that is not installed, or cannot see this network's hidden units.
     """
     begin = time.perf_counter()
     torch.manual_seed(seed)
     draws, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     sizes = (BITS, 1) if images is None else (images[0].shape[1], int(images[1].max()) + 1)
     model = setting.model(*sizes)
-    optimizer = setting.bare(model)
-    births = 0
-    if method == "UPGD":
-        optimizer = Upgd(model.parameters(), generator)
-    elif method in OURS:
-        optimizer = BirthDeathOptimizer(
-            optimizer, model, seed=seed, example_input=torch.rand(2, sizes[0]), **OURS[method]
-        )
-
-        def count(event: Any) -> None:
-            nonlocal births
-            births += len(event.born)
-
-        optimizer.register_event_hook(count)
+    events: list[int] = []
+    optimizer = equipped(method, model, setting.bare(model), sizes[0], seed, generator, events)
     peer = PEERS.get(method, Method)(cast(Any, model), optimizer, generator)
+    scaled = RunningNorm(sizes[0]) if setting.normalised else _as_they_are
     curve, task = [], None
     for task in stream.walk(*(images or (torch.empty(0), torch.empty(0))), draws):
         seen = 0.0
         for _ in range(task.epochs):
             order = torch.randperm(len(task.y), generator=draws)
-            for batch in order.split(BATCH):
+            for batch in order.split(stream.batch):
                 optimizer.zero_grad()
-                out = model(task.x[batch])
+                out = model(scaled(task.x[batch]))
                 loss(out, task.y[batch]).backward()
                 seen += goodness(out, task.y[batch]) * len(batch) if task.asked is None else 0
                 peer.pull()
                 optimizer.step()
                 peer.act()
-        curve.append(seen / len(task.y) if task.asked is None else asked(model, *task.asked))
+        curve.append(seen / len(task.y) if task.asked is None else asked(model, scaled, *task.asked))
     assert task is not None
+    silent = silent_share(model, scaled(task.x[:SEEN], False)) if isinstance(model, Network) else 0.0
     score = statistics.mean(curve[-stream.last :])
-    seconds = time.perf_counter() - begin
-    return Run(
-        setting.name,
-        method,
-        seed,
-        score,
-        seconds,
-        curve,
-        0.0 if isinstance(model, Backbone) else silent_share(model, task.x),
-        births,
-    )
+    return Run(setting.name, method, seed, score, time.perf_counter() - begin, curve, silent, sum(events))
+
+
+def equipped(
+    method: str,
+    model: nn.Module,
+    bare: Optimizer,
+    inputs: int,
+    seed: int,
+    generator: torch.Generator,
+    births: list[int],
+) -> Optimizer:
+    """The optimizer of a method: the bare one, or what stands around or in the place of it.
+
+    Args:
+        births: what is born at each event is appended.
+    """
+    if method == "UPGD":
+        return Upgd(model.parameters(), generator)
+    if method == PACKAGED:
+        return packaged(model, bare, inputs)
+    if method not in OURS:
+        return bare
+    ours = BirthDeathOptimizer(bare, model, seed=seed, example_input=torch.rand(2, inputs), **OURS[method])
+    ours.register_event_hook(lambda event: births.append(len(event.born)))
+    return ours
+
+
+def packaged(model: nn.Module, bare: Optimizer, inputs: int) -> Optimizer:
+    """``ccbp-pytorch`` around the optimizer: continuous continual backpropagation (McCutcheon et al. 2026).
+
+    It is told which layers are hidden: those that it finds by itself include the output layer.
+    """
+    if not installed(PACKAGED):
+        raise BadInput(
+            f"--methods {PACKAGED}: it is not installed; pip install 'torch-meanfield[studies]', or leave it out"
+        )
+    if not isinstance(model, Network):
+        raise BadInput(f"--methods {PACKAGED}: it cannot be told the hidden layers of {type(model).__name__}")
+    from ccbp_pytorch import CCBP, NeuronConfig
+
+    with torch.no_grad():
+        model(torch.zeros(1, inputs))
+    layers = [
+        NeuronConfig(param=h.first.weight, bias=h.first.bias, outgoing_param=h.last.weight) for h in model.hidden()
+    ]
+    return cast(Optimizer, CCBP(bare, neuron_configs=layers, **CCBP_SETTING))
+
+
+def installed(method: str) -> bool:
+    """Whether a method can be run here; all but one come with the recipes."""
+    return method != PACKAGED or find_spec("ccbp_pytorch") is not None
+
+
+def _as_they_are(x: Tensor, watch: bool = True) -> Tensor:
+    return x
 
 
 def loss(out: Tensor, y: Tensor) -> Tensor:
@@ -168,9 +166,9 @@ def goodness(out: Tensor, y: Tensor) -> float:
 
 
 @torch.no_grad()
-def asked(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def asked(model: nn.Module, scaled: Callable[[Tensor, bool], Tensor], x: Tensor, y: Tensor) -> float:
     """:func:`goodness` of the model on ``x``, in evaluation."""
     model.eval()
-    good = goodness(model(x), y)
+    good = goodness(model(scaled(x, False)), y)
     model.train()
     return good

@@ -10,12 +10,24 @@ from torch import nn
 from recipes.errors import BadInput
 from recipes.plasticity import study
 from recipes.plasticity.backbone import Backbone
+from recipes.plasticity.balancing import OBSERVED, ChangingCartPole
 from recipes.plasticity.bits import BITS, SLOW, Target, walk
+from recipes.plasticity.dqn import Learner, Memory, balance
 from recipes.plasticity.network import ConvNet, Mlp, silent_share
 from recipes.plasticity.overview import overview
-from recipes.plasticity.peers import ContinualBackprop, L2Init, ReDo, SelfNormalisedResets, ShrinkPerturb, Upgd
+from recipes.plasticity.peers import (
+    ContinualBackprop,
+    L2Init,
+    Method,
+    ReDo,
+    SelfNormalisedResets,
+    ShrinkPerturb,
+    Upgd,
+)
+from recipes.plasticity.settings import SETTINGS, RunningNorm
 from recipes.plasticity.streams import Stream
-from recipes.plasticity.training import METHODS, SETTINGS, goodness, train
+from recipes.plasticity.training import METHODS, goodness, train
+from recipes.plasticity.transformer import VisionTransformer
 from torch_meanfield.particles.resampled import Resampled
 
 
@@ -102,7 +114,7 @@ def test_variance_explained_is_one_for_the_truth_and_zero_for_the_mean():
 
 def trained(make, steps=1, dead=0, **kwargs):
     torch.manual_seed(0)
-    model = Mlp(6, 3, width=16, **kwargs)
+    model = Mlp(6, 3, (16, 16), **kwargs)
     with torch.no_grad():
         model.layers[0].bias[:dead] = -50
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -162,7 +174,7 @@ def test_continual_backprop_replaces_at_its_rate():
     _, _, method = trained(Counting, steps=steps)
     most = 2 * 16 * Counting.RATE * (steps - Counting.MATURITY)
     assert 0.6 * most < sum(replaced) <= most + 2
-    assert (method.age <= steps).all() and (method.age < steps).any()
+    assert all((age <= steps).all() and (age < steps).any() for age in method.age)
 
 
 def test_self_normalised_resets_learn_each_units_usual_silence(monkeypatch):
@@ -171,7 +183,8 @@ def test_self_normalised_resets_learn_each_units_usual_silence(monkeypatch):
     went = []
     monkeypatch.setattr(method, "reinitialise_", lambda hidden, units: went.append((method.steps, units.tolist())))
     method.steps = 0
-    method.silent.zero_(), method.ended.zero_()
+    for kept in (*method.silent, *method.ended):
+        kept.zero_()
     hidden = method.model.hidden()
     for step in range(2 * method.UPDATE):
         for layer in hidden:
@@ -183,7 +196,7 @@ def test_self_normalised_resets_learn_each_units_usual_silence(monkeypatch):
         monkeypatch.setattr(method.model, "hidden", lambda: hidden)
         method.act()
         if step == method.UPDATE - 1:
-            assert method.threshold[:, :4].tolist() == [[1, 2, 9, 1]] * 2 and not went
+            assert [t[:4].tolist() for t in method.threshold] == [[1, 2, 9, 1]] * 2 and not went
     first = {unit: next(steps for steps, units in went if unit in units) for unit in range(3)}
     # the last silences began before the change: units 1 and 2 had fired last 2 and 9 steps earlier
     assert first == {0: method.UPDATE + 1, 1: method.UPDATE + 1, 2: method.UPDATE + 1}
@@ -269,3 +282,88 @@ def test_the_overview_has_means_and_says_how_many_seeds(tmp_path):
     assert text[2] == "| random labels, pixels (2 seeds) | 0.150 |  | 0.500 (1) | **0.600** (1) |"
     with pytest.raises(BadInput, match="no benchmark has written"):
         overview(tmp_path / "elsewhere", ("bare",))
+
+
+# -- reinforcement learning, one image a step, and what came with them
+
+
+def test_running_normalisation_is_by_mean_and_deviation():
+    torch.manual_seed(0)
+    x = 3 + 2 * torch.randn(4000, 5)
+    norm = RunningNorm(5, window=2000)
+    for row in x:
+        norm(row[None])
+    assert torch.allclose(norm.mean, x[-2000:].mean(0), atol=0.3)
+    out = norm(x[-2000:], watch=False)
+    assert out.mean().abs() < 0.1 and abs(out.std() - 1) < 0.1
+    before = norm.mean.clone()
+    norm(x[:10], watch=False)
+    assert torch.equal(norm.mean, before)
+
+
+def test_a_transformer_shows_the_units_that_its_output_is_made_of():
+    torch.manual_seed(0)
+    model = VisionTransformer(36, 3, "relu")
+    x = torch.rand(4, 36)
+    out = model(x)
+    hidden = model.hidden()
+    assert out.shape == (4, 3) and [h.values.shape for h in hidden] == [(4 * 9, 64)] * 2
+    dead = hidden[0].values.sum(0) == 0
+    with torch.no_grad():
+        hidden[0].first.bias[~dead] -= 100  # nothing of the first MLP fires now
+        for block in model.blocks[:1]:
+            block.last.bias.zero_()
+    model(x)
+    assert not model.hidden()[0].values.any()
+
+
+def test_the_pole_changes_and_the_observations_with_it():
+    pytest.importorskip("gymnasium")
+    world = ChangingCartPole(torch.Generator().manual_seed(3), 7)
+    plain = world.reset()
+    known = world.env.unwrapped.length, world.env.unwrapped.force_mag
+    world.change()
+    cart = world.env.unwrapped
+    assert (cart.length, cart.force_mag) != known and 0.25 <= cart.length <= 1 and 7 <= cart.force_mag <= 15
+    assert cart.polemass_length == pytest.approx(cart.masspole * cart.length)
+    world.seed = 7  # the same state again
+    assert torch.equal(world.reset(), plain[world.order] * world.signs)
+    twin = ChangingCartPole(torch.Generator().manual_seed(3), 7)
+    twin.change()
+    assert torch.equal(twin.order, world.order) and twin.exchanged == world.exchanged
+
+
+def test_a_memory_forgets_the_oldest():
+    memory = Memory(4)
+    for i in range(6):
+        memory.add(torch.full((OBSERVED,), float(i)), i % 2, 1.0, torch.zeros(OBSERVED), i == 5)
+    before, action, _, _, fell = memory.draw(200, torch.Generator().manual_seed(0))
+    assert set(before[:, 0].tolist()) == {2.0, 3.0, 4.0, 5.0}
+    assert torch.equal(action, before[:, 0].long() % 2) and torch.equal(fell == 1, before[:, 0] == 5)
+
+
+def test_a_learner_steps_towards_reward_plus_discounted_value():
+    torch.manual_seed(0)
+    model = Mlp(OBSERVED, 2, (16, 16))
+    learner = Learner(model, torch.optim.SGD(model.parameters(), lr=0.05), Method(model, None, None))
+    x = torch.randn(8, OBSERVED)
+    for _ in range(400):  # episodes that end at once: the value is the reward
+        learner.learn(x, torch.zeros(8, dtype=torch.long), torch.full((8,), 2.0), x, torch.ones(8))
+    assert torch.allclose(model(x)[:, 0], torch.full((8,), 2.0), atol=0.2)
+
+
+@pytest.mark.parametrize("method", ["bare", "ReDo", "library, plastic"])
+def test_a_short_game_is_the_same_at_each_run(method):
+    pytest.importorskip("gymnasium")
+    stream = Stream("cartpole", tasks=2, samples=700, epochs=1, last=1, batch=8)
+    one, other = (balance(stream, SETTINGS["DQN"], method, 5) for _ in range(2))
+    assert one.curve == other.curve and len(one.curve) == 2 and all(1 <= value <= 500 for value in one.curve)
+
+
+def test_the_packaged_peer_sees_every_hidden_layer():
+    pytest.importorskip("ccbp_pytorch")
+    run = train(Stream("labels", 2, 32, 2, 1), SETTINGS["pixels"], "ccbp-pytorch", 1, (torch.rand(64, 36), LABELS))
+    assert 0 <= run.score <= 1
+
+
+LABELS = torch.arange(64) % 3
