@@ -8,12 +8,8 @@ A question whose file is not there yet is named as open, with the command that a
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable
-from dataclasses import dataclass
-from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +19,7 @@ if __package__ in (None, ""):  # run as a script: its siblings are found from th
 from recipes.elastic import report as elastic
 from recipes.evidence import criteria
 from recipes.evidence import report as learned_steps
-
-
-@dataclass(frozen=True)
-class Section:
-    """A question.
-
-    Attributes:
-        name: Of its files in the results folder, without suffix.
-        question: The heading.
-        about: What is compared with what, and why.
-        answer: The text, from the content of the JSON file.
-        command: What makes the file.
-    """
-
-    name: str
-    question: str
-    about: str
-    answer: Callable[[dict[str, Any]], str]
-    command: str
+from recipes.evidence.section import Section, of_file
 
 
 def _elastic(document: dict[str, Any]) -> str:
@@ -50,27 +28,26 @@ def _elastic(document: dict[str, Any]) -> str:
 
 SECTIONS = (
     Section(
-        learned_steps.NAME,
         "Do learned steps let a pretrained network adapt faster?",
         "A public CIFAR ResNet is fine-tuned on re-encoded images, as it is and converted, each at the learning rate "
         "that suits it best. The control that would explain a gain is a learned factor for each of the same blocks, "
         "without order.",
-        learned_steps.report,
+        of_file(learned_steps.NAME, learned_steps.report),
         "python recipes/evidence/finetune.py --weights PATH --data folder:PATH, then recipes/evidence/report.py",
+        (f"{learned_steps.NAME}.png",),
     ),
     Section(
-        "elastic_depth",
         "Can the depth be chosen after one training?",
         "Trained once at a short horizon with learned times, blocks go by the size of their steps and nothing is "
         "trained after. Beside it the same at fixed steps and at T = n, and networks trained at each depth.",
-        _elastic,
+        of_file("elastic_depth", _elastic),
         "python recipes/elastic_depth.py --data fashion-mnist",
+        ("elastic_depth.png",),
     ),
     Section(
-        criteria.NAME,
         "Which blocks of a trained network can go?",
         "Criteria compared on a public CIFAR ResNet after norms are re-estimated, without fine-tuning.",
-        criteria.report,
+        of_file(criteria.NAME, criteria.report),
         "python recipes/evidence/criteria.py --weights PATH --data folder:PATH",
     ),
 )
@@ -83,22 +60,12 @@ def page(results: Path, beside: Path) -> str:
         results: Folder of JSON files and pictures.
         beside: Folder in which the page will lie, for its links.
     """
-    parts = [
-        "# Results\n",
+    head = (
+        "# Results\n\n"
         "Written by `python recipes/evidence/page.py` from the JSON files in `benchmarks/results/`; no figure is typed "
-        "by hand. Errors on re-encoded images are compared with one another only.\n",
-    ]
-    for section in SECTIONS:
-        file = results / f"{section.name}.json"
-        parts += [f"## {section.question}\n", f"{section.about}\n"]
-        if not file.is_file():
-            parts.append(f"Not answered yet; `{section.command}` does.\n")
-            continue
-        parts.append(section.answer(json.loads(file.read_text())))
-        picture = results / f"{section.name}.png"
-        if picture.is_file():
-            parts.append(f"![{section.question}]({relpath(picture, beside)})\n")
-    return "\n".join(parts)
+        "by hand. Errors on re-encoded images are compared with one another only.\n"
+    )
+    return "\n".join([head, *(section.text(results, beside) for section in SECTIONS)])
 
 
 def main() -> None:
