@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Network:
         mean: Of the pixels in 0..1, by channel, as it was trained.
         std: Likewise.
         side: Side of the images in pixels.
+        traceable: The same function, of layers through which a pruner of channels can follow them.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Network:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     side: int = 32
+    traceable: Callable[[nn.Module], nn.Module] = deepcopy
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """``uint8`` pixels ``(B, 3, H, W)`` as the network's input, channels last."""
@@ -50,7 +53,9 @@ def _cifar(depth: int) -> Network:
             model.linear = nn.Linear(model.linear.in_features, num_classes)
         return model
 
-    return Network(f"resnet{depth}", make, cifar_resnet.MEAN, cifar_resnet.STD)
+    return Network(
+        f"resnet{depth}", make, cifar_resnet.MEAN, cifar_resnet.STD, traceable=cifar_resnet.with_convolutions
+    )
 
 
 def _lite0(folder: Path, num_classes: int) -> nn.Module:

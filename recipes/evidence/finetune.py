@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import shlex
-import statistics
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from recipes.backbones.networks import NETWORKS
 from recipes.errors import BadInput, leave
 from recipes.evidence.arms import ARMS
+from recipes.evidence.rows import best_rate
 from recipes.evidence.training import Data, Job, Run, fine_tune, some_of
 from recipes.images.source import Images
 from recipes.images.sources import open_source
@@ -80,20 +80,6 @@ def as_json(run: Run) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(run).items()}
 
 
-def best_rate(runs: Sequence[Run]) -> float:
-    """The rate of the least mean error on the tuning images; a rate at which a run diverged is never it.
-
-    Raises:
-        ValueError: Every rate diverged.
-    """
-    rates = sorted({r.job.rate for r in runs})
-    of = {rate: statistics.mean(r.error for r in runs if r.job.rate == rate) for rate in rates}
-    of = {rate: mean for rate, mean in of.items() if math.isfinite(mean)}
-    if not of:
-        raise ValueError(f"{runs[0].job.arm} diverged at every rate of {rates}; pass lower --rates")
-    return min(of, key=lambda rate: of[rate])
-
-
 def beyond(rates: Sequence[float], best: float) -> float | None:
     """The next rate of the series 1, 3, 10, ... beyond an edge of ``rates``; ``None`` if ``best`` is at none.
 
@@ -123,7 +109,7 @@ def walk(grid: Grid, args: Namespace) -> Iterator[Job]:
                 jobs = [
                     Job(network, arm, r, steps, s, "tuning", args.precision) for s in args.tuning_seeds for r in rates
                 ]
-                chosen[arm] = best_rate([grid.run(job) for job in jobs])
+                chosen[arm] = best_rate([(job.rate, grid.run(job).error) for job in jobs], arm)
                 new = beyond(rates, chosen[arm]) if args.bracket else None
         for seed, arm in itertools.product(args.seeds, args.arms):
             yield Job(network, arm, chosen[arm], steps, seed, "report", args.precision)

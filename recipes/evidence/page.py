@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run as a script: its siblings are found from th
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from recipes.elastic import report as elastic
-from recipes.evidence import criteria
+from recipes.evidence import criteria, deep, rates, times
 from recipes.evidence import report as learned_steps
 from recipes.evidence.section import Section, of_file
 
@@ -27,6 +27,27 @@ def _elastic(document: dict[str, Any]) -> str:
 
 
 SECTIONS = (
+    Section(
+        "Is it the times or the small steps?",
+        "Networks from scratch with steps fixed at T / n, the same learned, and learned factors without order.",
+        of_file(times.NAME, times.report),
+        "python recipes/evidence/times.py --data folder:PATH",
+        (f"{times.NAME}.png",),
+    ),
+    Section(
+        "Do short steps train deep stacks without norms?",
+        "Beside ordinary residual stacks, layer norm, and learned factors that begin at 0.",
+        of_file(deep.NAME, deep.report),
+        "python recipes/evidence/deep.py --data folder:PATH",
+        (f"{deep.NAME}.png",),
+    ),
+    Section(
+        "Is there one learning rate for all depths?",
+        "At T = n, where every step is 1, and at one T for all depths; and which of the two ends lower.",
+        of_file(rates.NAME, rates.report),
+        "python recipes/evidence/rates.py --data folder:PATH",
+        (f"{rates.NAME}.png",),
+    ),
     Section(
         "Do learned steps let a pretrained network adapt faster?",
         "A public CIFAR ResNet is fine-tuned on re-encoded images, as it is and converted, each at the learning rate "

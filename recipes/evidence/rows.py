@@ -38,6 +38,24 @@ def mean(errors: Sequence[float | None]) -> float:
     return statistics.mean(values) if values and len(values) == len(errors) else math.nan
 
 
+def best_rate(found: Sequence[tuple[float, float | None]], arm: str) -> float:
+    """The rate of the least mean error; a rate at which a run diverged is never it.
+
+    Args:
+        found: Rate and error of each run.
+        arm: What the runs are of, for the message.
+
+    Raises:
+        ValueError: Every rate diverged.
+    """
+    rates = sorted({rate for rate, _ in found})
+    of = {rate: mean([error for at, error in found if at == rate]) for rate in rates}
+    of = {rate: value for rate, value in of.items() if math.isfinite(value)}
+    if not of:
+        raise ValueError(f"{arm} diverged at every rate of {rates}; pass lower --rates")
+    return min(of, key=lambda rate: of[rate])
+
+
 def errors_by_seed(rows: Sequence[Row]) -> dict[int, float]:
     """Errors of the runs that did not diverge, by seed."""
     return {r["seed"]: r["error"] for r in rows if r["error"] is not None}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,24 +80,15 @@ def fine_tune(job: Job, network: Network, data: Data, weights: Path) -> Run:
     torch.manual_seed(job.seed)
     model = network.make(weights, data.num_classes).to(memory_format=torch.channels_last)
     model = arm.applied(model, network.prepared(data.train.pixels[:2])).train()
-    optimizer = torch.optim.SGD(arm.groups(model, job.rate), lr=job.rate, momentum=0.9)
-    rising = round(arm.warmup * job.steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, job.steps, rising))
     moved: list[Motion] = []
-    losses: list[float] = []
     with subscribe(moved.append, model):
-        for pixels, labels in batches(data.train, job.steps, job.seed):
-            with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16"):
-                loss = F.cross_entropy(model(network.prepared(pixels)), labels)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            if arm.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
-            optimizer.step()
-            schedule.step()
+        losses = descend(
+            model,
+            arm.groups(model, job.rate),
+            network,
+            batches(data.train, job.steps, job.seed),
+            Course(job.rate, job.steps, job.precision, round(arm.warmup * job.steps), arm.clip),
+        )
     diverged = not math.isfinite(losses[-1])
     return Run(
         job,
@@ -107,6 +98,55 @@ def fine_tune(job: Job, network: Network, data: Data, weights: Path) -> Run:
         sum(m.cause == "resort" for m in moved),
         time.process_time() - begin,
     )
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a training goes: the peak of its rate, its length, and the precision of its forward passes.
+
+    Attributes:
+        rising: Steps in which the rate rises.
+        clip: Largest norm of the gradient; ``None``: not clipped.
+    """
+
+    rate: float
+    steps: int
+    precision: Literal["32", "bf16"] = "32"
+    rising: int = 0
+    clip: float | None = None
+
+
+def descend(
+    model: nn.Module, groups: Any, network: Network, drawn: Iterable[tuple[Tensor, Tensor]], course: Course
+) -> list[float]:
+    """Train ``model`` in place by SGD with momentum 0.9, its rate falling to 0 as half a cosine.
+
+    Args:
+        model: In the mode that it is to be trained in.
+        groups: Parameters, or parameter groups.
+        network: Prepares the pixels.
+        drawn: ``uint8`` pixels and labels, a pair for each step.
+        course: Rate, length and precision.
+
+    Returns:
+        the loss of each step; the last is not finite if the training diverged, and ended there.
+    """
+    optimizer = torch.optim.SGD(groups, lr=course.rate, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, course.steps, course.rising))
+    losses: list[float] = []
+    for pixels, labels in drawn:
+        with torch.autocast("cpu", torch.bfloat16, enabled=course.precision == "bf16"):
+            loss = F.cross_entropy(model(network.prepared(pixels)), labels)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        if course.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), course.clip)
+        optimizer.step()
+        schedule.step()
+    return losses
 
 
 def factor(step: int, steps: int, rising: int = 0) -> float:

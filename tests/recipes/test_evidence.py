@@ -17,7 +17,7 @@ from recipes.backbones.networks import Network
 from recipes.evidence import criteria, finetune, page
 from recipes.evidence import report as reports
 from recipes.evidence.arms import ARMS, Scaled, scaled_modules
-from recipes.evidence.rows import whole_seeds
+from recipes.evidence.rows import best_rate, whole_seeds
 from recipes.evidence.training import Data, Job, Run, batches, error, factor, fine_tune, in_segments, some_of
 from recipes.images.source import Images
 from torch_meanfield import conversion_report, convert
@@ -111,9 +111,10 @@ def test_a_run_that_diverges_says_so_and_its_rate_is_not_chosen(tmp_path, monkey
     runs = [grid.run(Job("tiny", "plain", rate, 4, 1, "tuning")) for rate in (1e12, 0.01)]
     assert math.isnan(runs[0].error) and math.isfinite(runs[1].error)
     assert math.isnan(grid.done(runs[0].job).error)
-    assert finetune.best_rate(runs) == 0.01
+    found = [(run.job.rate, run.error) for run in runs]
+    assert best_rate(found, "plain") == 0.01
     with pytest.raises(ValueError, match="plain diverged at every rate"):
-        finetune.best_rate(runs[:1])
+        best_rate(found[:1], "plain")
 
 
 def test_small_parts():
