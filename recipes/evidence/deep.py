@@ -3,10 +3,11 @@
 
     python recipes/evidence/deep.py --data folder:PATH/cifar10-jpeg --label cifar10-jpeg [--blocks 64] [--width 256]
         [--steps 500] [--batch 100] [--rate 0.01] [--seeds 1 2] [--forms residual "horizon 1, learned"]
-        [--kept runs/deep] [--out benchmarks/results]
+        [--kept runs/deep] [--out benchmarks/results] [--only-done]
 
 Stacks of linear layers with ReLU between two linear layers, Adagrad, as in Bachlechner et al. (2021), "ReZero is all
-you need", section 4; training loss. What is done stays in ``--kept``: the same command goes on where it stopped.
+you need", section 4; training loss. What is done stays in ``--kept``: the same command goes on where it stopped;
+with ``--only-done`` it makes nothing and tells what there is.
 """
 
 from __future__ import annotations
@@ -205,8 +206,11 @@ def main() -> None:
         for blocks in args.blocks
         for form in args.forms
     ]
-    rows = carried_out(jobs, lambda job: trained(job, x, y), args.kept / "runs", NAME)
-    written(document(rows, "deep", args, label), NAME, report, draw, args.out)
+    rows = carried_out(jobs, lambda job: trained(job, x, y), args.kept / "runs", NAME, args.only_done)
+    try:
+        written(document(rows, len(jobs), "deep", args, label), NAME, report, draw, args.out)
+    except BadInput as failure:
+        leave("deep.py", failure)
 
 
 if __name__ == "__main__":

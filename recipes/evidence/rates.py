@@ -3,12 +3,13 @@
 
     python recipes/evidence/rates.py --data folder:PATH/cifar10-jpeg --label cifar10-jpeg [--blocks 4 16 64]
         [--horizon 4] [--optimizers adam sgd] [--steps 500] [--seeds 1] [--long-blocks 16] [--long-steps 3000]
-        [--long-seeds 11 12] [--kept runs/rates] [--out benchmarks/results]
+        [--long-seeds 11 12] [--kept runs/rates] [--out benchmarks/results] [--only-done]
 
 Residual MLPs with a layer norm before each branch, fixed steps T / n, on images averaged to 8 x 8 pixels. At a T that
 does not grow with n a block's gradient is T / n of what it is at T = n: in the blocks Adam's eps is multiplied by
 T / n, SGD's rate by n / T. First every rate for a short run; then longer ones at the best rate of each side, half and
-twice it. What is done stays in ``--kept``: the same command goes on where it stopped.
+twice it. What is done stays in ``--kept``: the same command goes on where it stopped; with
+``--only-done`` it makes nothing and tells what there is.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ RATES = {
     "sgd": [0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32],
 }
 EPS = 1e-8
+LONG_RATES = (0.5, 1.0, 2.0)  # of long runs, over the best of the short ones
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,19 @@ def longer(rows: Sequence[Row], args: Namespace) -> list[Job]:
         for n in args.long_blocks:
             for horizon in (0.0, args.horizon):
                 means = by_rate(rows, kind, n, horizon, args.steps)
-                best = min(means, key=lambda rate: means[rate])
-                jobs += [
-                    Job(n, horizon, kind, rate, args.long_steps, seed)
-                    for rate in (best / 2, best, 2 * best)
-                    for seed in args.long_seeds
-                ]
+                if means:  # of an unfinished sweep that is only told there may be none
+                    best = min(means, key=lambda rate: means[rate])
+                    rates = [factor * best for factor in LONG_RATES]
+                    jobs += [
+                        Job(n, horizon, kind, rate, args.long_steps, seed) for rate in rates for seed in args.long_seeds
+                    ]
     return jobs
+
+
+def due(args: Namespace) -> int:
+    """The number of runs of the whole grid."""
+    each = len(args.long_blocks) * 2 * len(LONG_RATES) * len(args.long_seeds)
+    return len(sweep(args)) + len(args.optimizers) * each
 
 
 def by_rate(rows: Sequence[Row], optimizer: str, blocks: int, horizon: float, steps: int) -> dict[float, float]:
@@ -155,7 +163,10 @@ def best_rates(rows: Sequence[Row], optimizer: str, settings: Row) -> list[str]:
         best = {}
         for n in settings["blocks"]:
             means = by_rate(rows, optimizer, n, horizon, settings["steps"])
-            best[n] = min(means, key=lambda rate: means[rate])
+            if len(means) == len(RATES[optimizer]):
+                best[n] = min(means, key=lambda rate: means[rate])
+        if not best:
+            continue
         ratio = max(best.values()) / min(best.values())
         told_by = ", ".join(f"{rate:g} at {n}" for n, rate in best.items())
         said.append(f"- {optimizer}, {name}: the best rate is {told_by} blocks; it moves by a factor of {ratio:g}.")
@@ -165,26 +176,31 @@ def best_rates(rows: Sequence[Row], optimizer: str, settings: Row) -> list[str]:
 def long_table(rows: Sequence[Row], settings: Row) -> tuple[str, list[str]]:
     """Longer runs, each side at the best of its three rates; and which ends lower, in words."""
     steps, names = settings["long_steps"], _names(settings)
-    lines = [f"| {steps} steps | rate | loss | minus T = n, paired, 95 % |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        f"| {steps} steps | rate | seeds | loss | minus T = n, paired, 95 % |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     said = []
     for kind in settings["optimizers"]:
         for n in settings["long_blocks"]:
-            chosen: dict[float, tuple[float, list[float]]] = {}
-            for horizon in names:
-                means = by_rate(rows, kind, n, horizon, steps)
-                rate = min(means, key=lambda r: means[r])
-                chosen[horizon] = rate, _losses(rows, Job(n, horizon, kind, rate, steps, 0))
-            for horizon, (rate, losses) in chosen.items():
-                at_n = chosen[0.0][1]
-                difference = paired(losses, at_n) if horizon and len(losses) == len(at_n) and losses else None
+            found = {horizon: best_of_long(rows, kind, n, horizon, settings) for horizon in names}
+            chosen = {horizon: best for horizon, best in found.items() if best}
+            for horizon, (rate, losses, place) in chosen.items():
+                both = sorted(losses.keys() & chosen[0.0][1].keys()) if horizon and 0.0 in chosen else []
+                difference = paired([losses[s] for s in both], [chosen[0.0][1][s] for s in both]) if both else None
                 lines.append(
-                    f"| {kind}, {n} blocks, {names[horizon]} | {rate:g} | {statistics.mean(losses):.3f} "
-                    f"| {_apart(*difference) if difference else ''} |"
+                    f"| {kind}, {n} blocks, {names[horizon]} | {rate:g}{place} | {len(losses)} "
+                    f"| {statistics.mean(losses.values()):.3f} | {_apart(*difference) if difference else ''} |"
                 )
                 if difference:
                     sure = abs(difference[0]) > difference[1]
                     word = ("lower" if difference[0] < 0 else "higher") if sure else "neither lower nor higher"
                     said.append(f"- {kind}, {n} blocks, {steps} steps: {names[horizon]} ends {word} than T = n.")
+            said += [
+                f"- {kind}, {n} blocks, {steps} steps, {names[horizon]}: not finished."
+                for horizon, best in found.items()
+                if best is None
+            ]
     return "\n".join(lines) + "\n", said
 
 
@@ -192,10 +208,27 @@ def _apart(mean: float, half_width: float) -> str:
     return f"{mean:+.3f}" + (f" ± {half_width:.3f}" if math.isfinite(half_width) else "")
 
 
-def _losses(rows: Sequence[Row], job: Job) -> list[float]:
-    keys = ("blocks", "horizon", "optimizer", "rate", "steps")
-    some = [r for r in rows if all(r[k] == getattr(job, k) for k in keys)]
-    return [r["loss"] for r in sorted(some, key=lambda r: r["seed"]) if r["loss"] is not None]
+def best_of_long(
+    rows: Sequence[Row], optimizer: str, blocks: int, horizon: float, settings: Row
+) -> tuple[float, dict[int, float], str] | None:
+    """The best rate of long runs, its losses by seed, and whether it is the lowest or the highest tried.
+
+    It is chosen over the seeds on which every rate has been run. ``None`` if a rate has no run yet, or all diverged.
+    """
+    keys = {"optimizer": optimizer, "blocks": blocks, "horizon": horizon, "steps": settings["long_steps"]}
+    of: dict[float, dict[int, float]] = {}
+    for r in rows:
+        if all(r[k] == value for k, value in keys.items()) and r["seed"] in settings["long_seeds"]:
+            of.setdefault(r["rate"], {})[r["seed"]] = math.inf if r["loss"] is None else r["loss"]
+    if len(of) < len(LONG_RATES):
+        return None
+    seeds = sorted(set.intersection(*(set(losses) for losses in of.values())))
+    means = {rate: statistics.mean(losses[s] for s in seeds) for rate, losses in of.items()} if seeds else {}
+    best = min(means, key=lambda rate: means[rate], default=math.nan)
+    if not math.isfinite(means.get(best, math.inf)):
+        return None
+    place = ", lowest tried" if best == min(of) else ", highest tried" if best == max(of) else ""
+    return best, {s: of[best][s] for s in seeds}, place
 
 
 def report(found: Row) -> str:
@@ -210,7 +243,11 @@ def report(found: Row) -> str:
     for kind in s["optimizers"]:
         parts += [sweep_table(rows, kind, s), "\n".join(best_rates(rows, kind, s)) + "\n"]
     table, said = long_table(rows, s)
-    parts += ["Each side at the best of three rates (its best of the short runs, half and twice it):\n", table]
+    parts += [
+        "Each side at the best of three rates (its best of the short runs, half and twice it), chosen on the seeds "
+        "that are told:\n",
+        table,
+    ]
     return "\n".join([*parts, "\n".join(said) + "\n", made_by(found)])
 
 
@@ -263,9 +300,16 @@ def main() -> None:
     except BadInput as failure:
         leave("rates.py", failure)
     x, y = prepared(data.train, SIDE), data.train.labels
-    rows = carried_out(sweep(args), lambda job: trained(job, x, y), args.kept / "runs", "short runs")
-    rows += carried_out(longer(rows, args), lambda job: trained(job, x, y), args.kept / "runs", "long runs")
-    written(document(rows, "rates", args, label), NAME, report, draw, args.out)
+
+    def run(job: Job) -> Row:
+        return trained(job, x, y)
+
+    rows = carried_out(sweep(args), run, args.kept / "runs", "short runs", args.only_done)
+    rows += carried_out(longer(rows, args), run, args.kept / "runs", "long runs", args.only_done)
+    try:
+        written(document(rows, due(args), "rates", args, label), NAME, report, draw, args.out)
+    except BadInput as failure:
+        leave("rates.py", failure)
 
 
 if __name__ == "__main__":

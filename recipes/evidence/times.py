@@ -3,11 +3,11 @@
 
     python recipes/evidence/times.py --data folder:PATH/cifar10-jpeg --label cifar10-jpeg [--depth 20] [--side 16]
         [--images 6000] [--epochs 6] [--rates 0.05 0.2] [--tuning-seeds 1] [--seeds 11 12 13] [--arms vanilla ...]
-        [--kept runs/times] [--out benchmarks/results]
+        [--kept runs/times] [--out benchmarks/results] [--only-done]
 
 First every arm at every rate on the tuning seeds, by the error on 3,000 of the test images; then at its best rate on
 fresh seeds, by the error on the others, paired against `vanilla`. What is done stays in ``--kept``: the same command
-goes on where it stopped.
+goes on where it stopped; with ``--only-done`` it makes nothing and tells what there is.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from recipes.errors import BadInput, leave
 from recipes.evidence.arms import WEIGHT_DECAY, Scaled
 from recipes.evidence.finetune import load
+from recipes.evidence.report import edges
 from recipes.evidence.rows import errors_by_seed
 from recipes.evidence.training import BATCH, batches, factor, some_of
 from recipes.evidence.tries import Row, carried_out, document, made_by, options, written
@@ -188,6 +189,8 @@ def table(rows: Sequence[Row]) -> str:
             str(sum(r["resorts"] for r in some)),
         ]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
+    if len({frozenset(errors_by_seed(some)) for some in fresh.values()}) > 1:
+        lines += ["", "Means are over the seeds in the row; differences over those that both arms have."]
     return "\n".join(lines) + "\n"
 
 
@@ -222,7 +225,10 @@ def report(found: Row) -> str:
         f"pixels, {s['epochs']} epochs (batch 128, SGD with momentum 0.9, weight decay 1e-4, half a cosine to 0, "
         f"mirrored images; forward passes of the training in bfloat16). n is the number of blocks of a stage. Test "
         f"error in %: rates by 3,000 test images (seed {', '.join(map(str, s['tuning_seeds']))}), the rest by the "
-        f"others, each arm at its best rate.\n\n{table(found['rows'])}\n" + "\n".join(verdicts(found["rows"])) + "\n\n"
+        f"others, each arm at its best rate.\n\n{table(found['rows'])}\n"
+        + "\n".join([*edges(found["rows"]), ""])
+        + "\n".join(verdicts(found["rows"]))
+        + "\n\n"
         f"A short protocol with few seeds: it tells large effects alone.\n\n{made_by(found)}"
     )
 
@@ -284,11 +290,15 @@ def main() -> None:
         return trained(job, data.train, data.tuning if job.on == "tuning" else data.report, data.num_classes)
 
     tuning = [Job(a, *shape, rate, s, "tuning") for s in args.tuning_seeds for a in args.arms for rate in args.rates]
-    rows = carried_out(tuning, run, args.kept / "runs", "tuning")
+    rows = carried_out(tuning, run, args.kept / "runs", "tuning", args.only_done)
     rates = best_rates(rows)
-    fresh = [Job(a, *shape, rates[a], s, "report") for s in args.seeds for a in args.arms]
-    rows += carried_out(fresh, run, args.kept / "runs", "fresh seeds")
-    written(document(rows, "times", args, label), NAME, report, draw, args.out)
+    fresh = [Job(a, *shape, rates[a], s, "report") for s in args.seeds for a in args.arms if a in rates]
+    rows += carried_out(fresh, run, args.kept / "runs", "fresh seeds", args.only_done)
+    due = len(tuning) + len(args.seeds) * len(args.arms)
+    try:
+        written(document(rows, due, "times", args, label), NAME, report, draw, args.out)
+    except BadInput as failure:
+        leave("times.py", failure)
 
 
 if __name__ == "__main__":

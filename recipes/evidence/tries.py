@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from recipes.errors import BadInput
 from recipes.evidence.training import in_segments
 from recipes.images.source import Images
 from recipes.record import DIGITS, provenance, write_json
@@ -32,8 +33,21 @@ class Job(Protocol):
         """A file name."""
 
 
-def carried_out(jobs: Sequence[Any], run: Callable[[Any], Row], folder: Path, title: str) -> list[Row]:
-    """The row of each job: its fields, what ``run`` returns, and the seconds of processor time that it took."""
+def carried_out(
+    jobs: Sequence[Any], run: Callable[[Any], Row], folder: Path, title: str, only_done: bool = False
+) -> list[Row]:
+    """The row of each job: its fields, what ``run`` returns, and the seconds of processor time that it took.
+
+    Args:
+        jobs: Frozen dataclasses with a ``key``, in the order in which they are made.
+        run: Called for those that have no file yet.
+        folder: Where the files lie.
+        title: Of the progress bar.
+        only_done: Make nothing; a job without a file has no row.
+    """
+    if only_done:
+        paths = [folder / f"{job.key}.json" for job in jobs]
+        return [json.loads(path.read_text()) for path in paths if path.is_file()]
     rows = []
     for job in (bar := tqdm(jobs, desc=title, unit="run")):
         bar.set_postfix_str(job.key)
@@ -97,6 +111,7 @@ def options(parser: ArgumentParser, name: str) -> Namespace:
     parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision keeps what it downloads")
     parser.add_argument("--kept", type=Path, default=Path("runs") / name, help="folder of what is done")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--only-done", action="store_true", help="make nothing: tell what is in --kept")
     return parser.parse_args()
 
 
@@ -105,32 +120,39 @@ def command(script: str, args: Namespace, label: str) -> str:
     words = ["python", f"recipes/evidence/{script}.py"]
     words += ["--data", args.data.partition(":")[0] + ":DATA" * (":" in args.data), "--label", label]
     for option, value in vars(args).items():
-        if option not in ("data", "label", "root", "kept", "out"):
+        if option not in ("data", "label", "root", "kept", "out", "only_done"):
             words += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 
-def document(rows: Sequence[Row], script: str, args: Namespace, label: str) -> Row:
-    """What a result file holds."""
-    made = {"command": command(script, args, label), "data": label, "settings": _settings(args)}
+def document(rows: Sequence[Row], due: int, script: str, args: Namespace, label: str) -> Row:
+    """What a result file holds; ``due`` is the number of runs of the whole grid."""
+    made = {"command": command(script, args, label), "data": label, "settings": _settings(args), "due": due}
     return {**made, **provenance(torch.device("cpu")), "rows": list(rows)}
 
 
 def _settings(args: Namespace) -> Row:
-    return {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+    return {k: v for k, v in vars(args).items() if not isinstance(v, Path) and k != "only_done"}
 
 
 def made_by(found: Row) -> str:
     """The last line of a report."""
-    hours = sum(r["seconds"] for r in found["rows"]) / 3600
+    hours, done = sum(r["seconds"] for r in found["rows"]) / 3600, len(found["rows"])
+    count = f"all {done} runs" if done == found["due"] else f"{done} of {found['due']} runs so far"
     return (
-        f"Made by `{found['command']}` in {hours:.1f} hours of processor time: {found['device']}, one thread, torch "
-        f"{found['versions']['torch']}, commit {found['commit']}.\n"
+        f"Made by `{found['command']}`: {count}, {hours:.1f} hours of processor time; {found['device']}, "
+        f"one thread, torch {found['versions']['torch']}, commit {found['commit']}.\n"
     )
 
 
 def written(found: Row, name: str, report: Callable[[Row], str], draw: Callable[[Path, Row], None], out: Path) -> None:
-    """``name``.json, .md and .png."""
+    """``name``.json, .md and .png.
+
+    Raises:
+        BadInput: There is no run to tell of; nothing is written.
+    """
+    if not found["rows"]:
+        raise BadInput("--only-done: no run of this grid lies in --kept; leave --only-done out to make them")
     write_json(out / f"{name}.json", found, DIGITS)
     text = report(json.loads((out / f"{name}.json").read_text()))
     (out / f"{name}.md").write_text(text)

@@ -133,6 +133,45 @@ def test_a_grid_is_told_and_goes_on_where_it_stopped(script, monkeypatch, tmp_pa
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
+@pytest.mark.parametrize("script", QUICK, ids=lambda s: s.NAME)
+def test_what_is_done_of_a_grid_is_told_without_making_the_rest(script, monkeypatch, tmp_path, capsys):
+    whole = grid(script, monkeypatch, tmp_path, *QUICK[script])
+    runs = sorted((tmp_path / "kept" / "runs").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    assert f"all {whole['due']} runs" in (tmp_path / "out" / f"{script.NAME}.md").read_text()
+    for kept in (len(runs) - 1, 1):
+        for path in runs[kept:]:
+            path.unlink(missing_ok=True)
+        part = grid(script, monkeypatch, tmp_path, *QUICK[script], "--only-done")
+        assert len(part["rows"]) == kept and part["due"] == whole["due"] and part["command"] == whole["command"]
+        assert f"{kept} of {whole['due']} runs so far" in (tmp_path / "out" / f"{script.NAME}.md").read_text()
+        assert len(list((tmp_path / "kept" / "runs").glob("*.json"))) == kept
+    runs[0].unlink()
+    with pytest.raises(SystemExit):
+        grid(script, monkeypatch, tmp_path, *QUICK[script], "--only-done")
+    assert "--only-done" in capsys.readouterr().err
+
+
+def long_runs(horizon, losses):
+    """Rows of long runs from ``{rate: {seed: loss}}``."""
+    base = {"optimizer": "adam", "blocks": 4, "horizon": horizon, "steps": 9}
+    return [base | {"rate": rate, "seed": s, "loss": loss} for rate, of in losses.items() for s, loss in of.items()]
+
+
+def test_the_best_long_rate_is_chosen_on_seeds_that_all_rates_have():
+    settings = {"horizon": 2.0, "long_steps": 9, "long_seeds": [11, 12], "optimizers": ["adam"], "long_blocks": [4]}
+    rows = long_runs(0.0, {1.0: {11: 3.0, 12: 3.2}, 2.0: {11: 2.0, 12: 2.2}, 4.0: {11: 2.5, 12: 0.0}})
+    assert rates.best_of_long(rows, "adam", 4, 0.0, settings) == (4.0, {11: 2.5, 12: 0.0}, ", highest tried")
+    assert rates.best_of_long(rows[:-1], "adam", 4, 0.0, settings) == (2.0, {11: 2.0}, "")
+    assert rates.best_of_long(rows[:4], "adam", 4, 0.0, settings) is None
+    diverged = [r | {"loss": None} for r in rows]
+    assert rates.best_of_long(diverged, "adam", 4, 0.0, settings) is None
+    other = long_runs(2.0, {1.0: {11: 1.0, 12: 1.1}, 2.0: {11: 0.5, 12: 0.7}, 4.0: {11: None}})
+    table, said = rates.long_table(rows[:-2] + [rows[-2]] + other, settings)
+    assert "| adam, 4 blocks, T = 2 | 2 | 1 | 0.500 | -1.500 |" in table
+    assert said == ["- adam, 4 blocks, 9 steps: T = 2 ends neither lower nor higher than T = n."]
+    assert rates.long_table(rows, settings)[1] == ["- adam, 4 blocks, 9 steps, T = 2: not finished."]
+
+
 def test_verdicts_follow_the_numbers():
     def row(form, loss):
         return {"blocks": 4, "form": form, "loss": loss, "seed": 1}
