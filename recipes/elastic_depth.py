@@ -57,7 +57,10 @@ def carried_out(job: Job, data: Data, args: Namespace) -> dict[str, Any]:
         # A network from scratch is wanted whole; of the others every depth.
         kept = args.kept if job.blocks == args.blocks and job.way in args.ways else []
         write_json(path, _flat(elastic(job, data, kept, _criteria(job, args))))
-    return json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
+    wanted = {str(job.blocks), *map(str, args.kept)}  # an earlier command may have asked for more depths
+    found["errors"] = {by: {k: e for k, e in errors.items() if k in wanted} for by, errors in found["errors"].items()}
+    return found
 
 
 def _criteria(job: Job, args: Namespace) -> list[str]:
