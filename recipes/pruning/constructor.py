@@ -13,11 +13,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from recipes.finetune.model import Backbone
 from torch_meanfield.pruning import PruneReport
+from torch_meanfield.pruning.constructor import on_meta
 from torch_meanfield.pruning.report import Constructor
 
 
@@ -34,8 +34,7 @@ def constructor_with(backbone: Backbone, report: PruneReport, folded: nn.Module)
     for kwargs, size in itertools.product(_shorter(backbone.kwargs, report), ({}, {"img_size": backbone.side})):
         given = {"num_classes": backbone.num_classes, "in_chans": backbone.in_chans, **size, **kwargs}
         try:
-            with torch.device("meta"):
-                made = timm.create_model(backbone.name, **given)
+            made = on_meta(partial(timm.create_model, backbone.name, **given))
         except Exception:  # what a timm model raises for arguments it cannot take is its own choice
             continue
         if {k: v.shape for k, v in made.state_dict().items()} == wanted:

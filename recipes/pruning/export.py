@@ -76,7 +76,8 @@ def _loaded(folded: nn.Module, report: PruneReport) -> tuple[str, bytes, nn.Modu
 
 def _exported(folded: nn.Module, images: Tensor) -> tuple[str, bytes, nn.Module]:
     buffer = io.BytesIO()
-    program = torch.export.export(folded, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    rows = torch.export.Dim("batch", max=2**31 - 1)  # without a bound torch 2.6 finds the largest int64 left out
+    program = torch.export.export(folded, (images[:2],), dynamic_shapes=({0: rows},))
     torch.export.save(program, buffer)
     return "pruned.pt2", buffer.getvalue(), program.module()  # not loaded again: that would unpickle
 

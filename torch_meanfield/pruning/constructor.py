@@ -70,7 +70,7 @@ def _found(timm: Any, model: nn.Module, name: str) -> Constructor | None:
     cls = type(model)
     arguments = _arguments(cls, lambda: create(name))
     options = {k: v for k, v in _told_by(model).items() if k in arguments and arguments[k] not in (v, (v, v))}
-    old = _on_meta(lambda: create(name, **options))
+    old = on_meta(lambda: create(name, **options))
     arguments = _arguments(cls, lambda: create(name, **options))
     shape = _Shape(model)
     for chosen in itertools.product(*(_candidates(change, arguments) for change in _changes(old, shape))):
@@ -90,13 +90,13 @@ def _told_by(model: Any) -> dict[str, Any]:
     for key, kind in (("num_classes", int), ("in_chans", int), ("global_pool", str)):
         if isinstance(getattr(model, key, None), kind):
             told[key] = getattr(model, key)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.groups == 1 and first.in_channels <= 4:
+        told.setdefault("in_chans", first.in_channels)
     sizes = (getattr(m, "img_size", None) for m in model.modules())  # of what cuts the image
     size = next((s for s in sizes if isinstance(s, (tuple, list))), None)
     if size is not None:
         told["img_size"] = tuple(size) if len({*size}) > 1 else size[0]
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.groups == 1 and first.in_channels <= 4:
-        told.setdefault("in_chans", first.in_channels)
     return told
 
 
@@ -146,7 +146,7 @@ class _Shape:
     def is_of(self, build: Callable[[], Any]) -> bool:
         """Whether ``build`` makes such a model."""
         try:
-            other = _Shape(_on_meta(build))
+            other = _Shape(on_meta(build))
         except Exception:  # an argument that it does not take
             return False
         return self.entries == other.entries and self.kinds == other.kinds
@@ -157,7 +157,8 @@ def _numbered(module: nn.Module) -> int:
     return sum(bool(_NUMBERED.fullmatch(name)) for name, m in children if not isinstance(m, ConvertedStage))
 
 
-def _on_meta(build: Callable[[], Any]) -> Any:
+def on_meta(build: Callable[[], Any]) -> Any:
+    """What ``build`` makes, without memory where it can be made so."""
     try:
         with torch.device("meta"):
             return build()
@@ -168,7 +169,7 @@ def _on_meta(build: Callable[[], Any]) -> Any:
 def _arguments(cls: type, build: Callable[[], Any]) -> dict[str, Any]:
     """What ``build`` calls ``cls`` with as it makes one on the meta device, defaults included."""
     with _recorded(cls) as calls:
-        _on_meta(build)
+        on_meta(build)
     return calls[0] if calls else {}
 
 

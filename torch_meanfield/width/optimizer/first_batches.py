@@ -62,6 +62,12 @@ def _arrive(counted: FirstBatches | None) -> None:
 
 
 def _rows(inputs: Any) -> int:
+    if torch.compiler.is_compiling():  # which in torch 2.6 can follow neither the search below nor next()
+        args, kwargs = inputs
+        for t in (*args, *kwargs.values()):
+            if isinstance(t, Tensor) and t.ndim:
+                return len(t)
+        return 0
     return next((len(t) for t in tensors_in(inputs) if t.ndim), 0)
 
 
