@@ -127,6 +127,14 @@ def report(document: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def answer(results: Path) -> str | None:
+    """The texts of all commands that have a file in ``results``; ``None`` without the first."""
+    files = [results / f"{name}.json" for name in (NAME, *MORE)]
+    if not files[0].is_file():
+        return None
+    return "\n".join(report(json.loads(file.read_text())) for file in files if file.is_file())
+
+
 def main() -> None:
     """The script."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
