@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,13 +26,18 @@ from recipes.record import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("BirthDeathOptimizer", "convert")
+SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
 def wheel_bytes() -> int:
-    """Size of the wheel of this checkout."""
+    """Size of the wheel of this checkout, built in a copy: what an older build left behind is not in it."""
     with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT / "torch_meanfield", copy / "torch_meanfield", ignore=shutil.ignore_patterns("*.pyc"))
+        for name in SOURCES:
+            shutil.copy(ROOT / name, copy)
         command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder]
-        subprocess.run([*command, str(ROOT)], check=True)
+        subprocess.run([*command, str(copy)], check=True)
         (wheel,) = Path(folder).glob("*.whl")
         return wheel.stat().st_size
 

@@ -41,7 +41,8 @@ def verdict(differences: list[tuple[float, float]]) -> str:
     worse = sum(d < -half for d, half in differences)
     if not better and not worse:
         return (
-            f"In none of {len(differences)} settings can wrapped and bare be told apart: it neither helps nor harms "
-            "where the data stay, so wrap a training whose data change, and no other."
+            f"In none of {len(differences)} settings can wrapped and bare be told apart; a difference of up to "
+            f"{max(abs(d) + half for d, half in differences):.1f} points cannot be excluded. There is no reason to wrap "
+            "a training whose data stay."
         )
     return f"Of {len(differences)} settings, wrapped is ahead beyond noise in {better} and behind in {worse}."
