@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run as a script: its siblings are found from th
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from recipes.elastic import report as elastic
-from recipes.evidence import criteria, deep, rates, times
+from recipes.evidence import cost, criteria, deep, rates, stationary, times
 from recipes.evidence import report as learned_steps
 from recipes.evidence.section import Section, of_file
 
@@ -53,9 +53,9 @@ SECTIONS = (
         "A public CIFAR ResNet is fine-tuned on re-encoded images, as it is and converted, each at the learning rate "
         "that suits it best. The control that would explain a gain is a learned factor for each of the same blocks, "
         "without order.",
-        of_file(learned_steps.NAME, learned_steps.report),
+        learned_steps.answer,
         "python recipes/evidence/finetune.py --weights PATH --data folder:PATH, then recipes/evidence/report.py",
-        (f"{learned_steps.NAME}.png",),
+        tuple(f"{name}.png" for name in (learned_steps.NAME, *learned_steps.MORE)),
     ),
     Section(
         "Can the depth be chosen after one training?",
@@ -70,6 +70,22 @@ SECTIONS = (
         "Criteria compared on a public CIFAR ResNet after norms are re-estimated, without fine-tuning.",
         of_file(criteria.NAME, criteria.report),
         "python recipes/evidence/criteria.py --weights PATH --data folder:PATH",
+    ),
+    Section(
+        "Should I wrap my ordinary training?",
+        "Birth and death of units on data that stay: an MLP on Fashion-MNIST, test accuracy in % after the last epoch, "
+        'the optimizer bare and wrapped with `scheme="plastic"`.',
+        of_file("stationary", stationary.report),
+        "python recipes/plasticity/stationary.py --data fashion-mnist --out benchmarks/results",
+        ("stationary.png",),
+    ),
+    Section(
+        "What does it cost to use?",
+        "Step time as a ratio to the same training without the library, measured in turns on one machine; memory, "
+        "import time, the size of the wheel and the lines to add. On a GPU nothing has been measured: its owner can "
+        "run `bash benchmarks/gpu.sh --data cifar10`.",
+        cost.answer,
+        "python benchmarks/step_overhead.py",
     ),
 )
 

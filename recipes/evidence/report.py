@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Table and picture of what finetune.py has done so far.
 
-    python recipes/evidence/report.py runs/evidence/finetune.json [--out benchmarks/results]
+    python recipes/evidence/report.py runs/evidence/finetune.json [--name learned_steps] [--out benchmarks/results]
 
-Writes learned_steps.json (the runs), .md and .png to ``--out``. Every figure and every verdict comes from the runs.
+Writes NAME.json (the runs), .md and .png to ``--out``. Every figure and every verdict comes from the runs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from recipes.grids.paired import told
 from recipes.record import DIGITS, write_json
 
 NAME = "learned_steps"
+MORE = ("learned_steps_deeper", "learned_steps_controls")  # further commands, each with seeds of its own
 CONTROL = "scale, no order"
 PRECISION = {"32": "", "bf16": "; forward passes of the training in bfloat16 by autocast, all else float32"}
 
@@ -126,16 +127,25 @@ def report(document: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def answer(results: Path) -> str | None:
+    """The texts of all commands that have a file in ``results``; ``None`` without the first."""
+    files = [results / f"{name}.json" for name in (NAME, *MORE)]
+    if not files[0].is_file():
+        return None
+    return "\n".join(report(json.loads(file.read_text())) for file in files if file.is_file())
+
+
 def main() -> None:
     """The script."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="finetune.json, as finetune.py wrote it")
+    parser.add_argument("--name", default=NAME, choices=[NAME, *MORE], help="of the files")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     document = json.loads(args.runs.read_text())
-    write_json(args.out / f"{NAME}.json", document, DIGITS)
-    (args.out / f"{NAME}.md").write_text(report(document))
-    draw(args.out / f"{NAME}.png", document)
+    write_json(args.out / f"{args.name}.json", document, DIGITS)
+    (args.out / f"{args.name}.md").write_text(report(document))
+    draw(args.out / f"{args.name}.png", document)
 
 
 if __name__ == "__main__":
