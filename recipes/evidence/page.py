@@ -16,6 +16,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: its siblings are found from the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from recipes.cuts import report as cuts
 from recipes.elastic import report as elastic
 from recipes.evidence import cost, criteria, deep, rates, stationary, times
 from recipes.evidence import report as learned_steps
@@ -70,6 +71,14 @@ SECTIONS = (
         "Criteria compared on a public CIFAR ResNet after norms are re-estimated, without fine-tuning.",
         of_file(criteria.NAME, criteria.report),
         "python recipes/evidence/criteria.py --weights PATH --data folder:PATH",
+    ),
+    Section(
+        "What is a cut network worth after fine-tuning?",
+        "Half of the blocks of a public CIFAR ResNet removed by several criteria, beside channels that torch-pruning "
+        "cuts down to the same latency; every arm fine-tuned by the same steps.",
+        of_file("cuts_resnet56", cuts.report),
+        "python recipes/evidence/cuts.py --weights PATH --data folder:PATH",
+        ("cuts_resnet56.png",),
     ),
     Section(
         "Should I wrap my ordinary training?",
