@@ -78,19 +78,26 @@ def channels_said(document: Row) -> str:
     return "\n".join(said)
 
 
+def _rates_said(document: Row) -> str:
+    tuning = [r for r in document["runs"] if r["on"] == "tuning"]
+    images, seeds = document["tuning_images"], ", ".join(str(s) for s in sorted({r["seed"] for r in tuning}))
+    rates = sorted({r["rate"] for r in tuning})
+    if len(rates) > 1:
+        return f"Rates were chosen on {images:,} test images (seed {seeds})"
+    return f"One rate for all arms, {rates[0]:g}, not tuned; seed {seeds} on {images:,} test images"
+
+
 def report(document: Row) -> str:
     """The whole text, from the JSON alone."""
     s, runs, whole = document["setting"], document["runs"], document["whole"]
     steps = sorted({r["steps"] for r in runs})
-    tuned = sorted({r["seed"] for r in runs if r["on"] == "tuning"})
     hours = sum(r["seconds"] for r in runs) / 3600
     return "\n".join(
         [
             f"{s['network']} on {document['data']}: adapted by {s['adapt']} steps at rate {s['adapt_rate']:g}, then "
             f"cut, then fine-tuned by {', '.join(map(str, steps))} steps (batch 128, SGD with momentum 0.9, weight "
             f"decay 1e-4, half a cosine to 0, mirrored images{PRECISION[s['precision']]}). Blocks are scored, norms "
-            f"re-estimated, on {s['scored']} training images. Rates were chosen on {document['tuning_images']:,} test "
-            f"images (seed {', '.join(map(str, tuned))}); errors in % are those on the other "
+            f"re-estimated, on {s['scored']} training images. {_rates_said(document)}; errors in % are those on other "
             f"{document['test_images']:,}, and on all. The adapted network as it is: {whole['error']:.2f}, on all "
             f"{whole['all']:.2f}. Times faster: processor time of a forward pass, float32, networks taking turns.\n",
             table(document),

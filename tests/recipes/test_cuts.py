@@ -10,7 +10,7 @@ from PIL import Image
 from recipes.backbones.cifar_resnet import MEAN, STD, CifarResNet, with_convolutions
 from recipes.backbones.networks import NETWORKS, Network
 from recipes.cuts import channels
-from recipes.cuts.report import by_part, table
+from recipes.cuts.report import by_part, report, table
 from recipes.cuts.training import Job, Setting, Workshop
 from recipes.evidence import cuts
 from recipes.evidence.training import Data
@@ -143,6 +143,9 @@ def test_the_command_goes_on_where_it_stopped_and_reports(shop, tmp_path, monkey
     text = (tmp_path / "cuts_tiny.md").read_text()
     assert len(document["runs"]) == 3 * (2 + 2) and (tmp_path / "cuts_tiny.png").stat().st_size > 1000
     assert len(document["channels"]["2"]) == len(channels.WAYS) and "was taken" in text
+    assert "Rates were chosen on" in text and "One rate" not in text
+    alike = {**document, "runs": [{**run, "rate": 0.03} for run in document["runs"]]}
+    assert "One rate for all arms, 0.03, not tuned" in report(alike)
     monkeypatch.setattr(Workshop, "_fine_tuned", lambda *_: pytest.fail("made twice"))
     cuts.main()
     assert json.loads((tmp_path / "cuts_tiny.json").read_text())["runs"] == document["runs"]
