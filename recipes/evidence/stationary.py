@@ -42,7 +42,7 @@ def verdict(differences: list[tuple[float, float]]) -> str:
     if not better and not worse:
         return (
             f"In none of {len(differences)} settings can wrapped and bare be told apart; a difference of up to "
-            f"{max(abs(d) + half for d, half in differences):.1f} points cannot be excluded. There is no reason to wrap "
-            "a training whose data stay."
+            f"{max(abs(d) + half for d, half in differences):.1f} points cannot be excluded. There is no reason to "
+            "wrap a training whose data stay."
         )
     return f"Of {len(differences)} settings, wrapped is ahead beyond noise in {better} and behind in {worse}."
