@@ -132,7 +132,8 @@ def document(rows: Sequence[Row], due: int, script: str, args: Namespace, label:
 
 
 def _settings(args: Namespace) -> Row:
-    return {k: v for k, v in vars(args).items() if not isinstance(v, Path) and k != "only_done"}
+    places = ("data", "label", "root", "kept", "out", "only_done")  # a result file carries no path of a machine
+    return {k: v for k, v in vars(args).items() if k not in places}
 
 
 def made_by(found: Row) -> str:

@@ -122,6 +122,8 @@ def test_a_grid_is_told_and_goes_on_where_it_stopped(script, monkeypatch, tmp_pa
     found = grid(script, monkeypatch, tmp_path, *QUICK[script])
     text = (tmp_path / "out" / f"{script.NAME}.md").read_text()
     assert found["command"] in text and str(tmp_path) not in text
+    stored = (tmp_path / "out" / f"{script.NAME}.json").read_text()
+    assert str(tmp_path) not in stored and "folder:x" not in stored
     assert (tmp_path / "out" / f"{script.NAME}.png").stat().st_size > 5000
     runs = sorted((tmp_path / "kept" / "runs").glob("*.json"))
     assert len(runs) == len({json.dumps(r, sort_keys=True) for r in found["rows"]})
