@@ -7,7 +7,7 @@
 The protocol of Elsayed and Mahmood (2024), input-permuted: every image is classified before it is trained on, and the
 score is the share classified rightly over the whole stream. Published are a million steps, 200 tasks, of MNIST; here
 are 20 tasks by default, of Fashion-MNIST (--data takes a folder), in which fewer are classified rightly. AdamW at 1e-4,
-or SGD at 0.01 on inputs each of which is normalised by its own running mean and deviation.
+or SGD at 0.003 on inputs each of which is normalised by its own running mean and deviation.
 What is done stays: the same command goes on where it stopped.
 """
 

@@ -74,7 +74,7 @@ SETTINGS = {
         Setting("resnet18", kind="resnet18"),
         Setting("DQN"),
         Setting("online AdamW", optimizer="adamw", lr=1e-4, widths=(300, 150)),
-        Setting("online SGD, normalised", optimizer="sgd", lr=0.01, widths=(300, 150), normalised=True),
+        Setting("online SGD, normalised", optimizer="sgd", lr=0.003, widths=(300, 150), normalised=True),
     )
 }
 

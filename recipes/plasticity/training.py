@@ -39,7 +39,9 @@ PEERS: dict[str, type[Method]] = {
 }
 OURS: dict[str, dict[str, Any]] = {"library, default": {}, "library, plastic": {"scheme": "plastic"}}
 SEEN = 12_000  # images, at most, that decide whether a unit is silent
-CCBP_SETTING = {"reset_interval": 100, "replacement_rate": 0.015}  # of five, on tuning seeds
+# The best of five on tuning seed 1 (random labels, 20 tasks): .438 on pixels and .624 standardised. Its continuous mode
+# has .348 and .476 at best (every 100 steps, rate 0.1), .209 and .156 as it comes.
+CCBP_SETTING = {"continuous": False, "reset_interval": 10, "replacement_rate": 0.003, "maturity_steps": 20}
 PACKAGED = "ccbp-pytorch"  # wraps any optimizer, as we do
 METHODS = (*PEERS, "UPGD", PACKAGED, *OURS)
 BLIND = ("bare", "L2-init", "shrink and perturb", "UPGD", *OURS)  # those that need not see hidden units
@@ -124,7 +126,7 @@ def equipped(
 
 
 def packaged(model: nn.Module, bare: Optimizer, inputs: int) -> Optimizer:
-    """``ccbp-pytorch`` around the optimizer: continuous continual backpropagation (McCutcheon et al. 2026).
+    """``ccbp-pytorch`` around the optimizer: continual backpropagation as that package has it (McCutcheon et al. 2026).
 
     It is told which layers are hidden: those that it finds by itself include the output layer.
     """

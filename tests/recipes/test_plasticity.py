@@ -26,7 +26,7 @@ from recipes.plasticity.peers import (
 )
 from recipes.plasticity.settings import SETTINGS, RunningNorm
 from recipes.plasticity.streams import Stream
-from recipes.plasticity.training import METHODS, goodness, train
+from recipes.plasticity.training import METHODS, goodness, packaged, train
 from recipes.plasticity.transformer import VisionTransformer
 from torch_meanfield.particles.resampled import Resampled
 
@@ -364,6 +364,12 @@ def test_the_packaged_peer_sees_every_hidden_layer():
     pytest.importorskip("ccbp_pytorch")
     run = train(Stream("labels", 2, 32, 2, 1), SETTINGS["pixels"], "ccbp-pytorch", 1, (torch.rand(64, 36), LABELS))
     assert 0 <= run.score <= 1
+    model = Mlp(6, 3, (16, 8))
+    optimizer = packaged(model, torch.optim.SGD(model.parameters(), lr=0.0), 6)
+    first, second, out = model.layers
+    told = [(c.param, c.bias, c.outgoing_param) for c in optimizer.neuron_configs]
+    expected = [(first.weight, first.bias, second.weight), (second.weight, second.bias, out.weight)]
+    assert all(a is b for t, e in zip(told, expected, strict=True) for a, b in zip(t, e, strict=True))
 
 
 LABELS = torch.arange(64) % 3
