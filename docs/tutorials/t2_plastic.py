@@ -60,8 +60,8 @@ for population, dormant in zip(optimizer.populations, optimizer.dormant().values
     print(population.name, population.size, "units,", int(dormant.sum()), "dormant")
 
 # %%
-# Units that no image reaches get no gradient, and nothing wakes them. Replaced within five steps of their death, they
-# go on learning.
+# Units that no image reaches get no gradient, and few of them ever wake. Replaced within five steps of their death,
+# they go on learning.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 for axis, bare, wrapped, title in (

@@ -34,6 +34,14 @@ def seen(
     return Evidence(zeros, zeros, q, a, a - q if fired is None else torch.tensor(fired), 100.0, batch_size)
 
 
+def reached_by_nothing(model: Net, steps: int = 5) -> list[int]:
+    """The units that fire on no sample of the first batches, by a plain forward pass."""
+    from tests.width.optimizers import batch
+
+    fired = torch.stack([(model.first(batch(step)[0]) > 0).any(0) for step in range(steps)]).any(0)
+    return (~fired).nonzero().flatten().tolist()
+
+
 def draws(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
@@ -97,6 +105,37 @@ def test_at_most_a_share_goes_at_once_the_longest_silent_first() -> None:
         seen([0.0, 3.0, 9.0, 5.0], [99.0] * 4), False, draws
     )
     assert one.born.tolist() == [False, False, True, False]
+
+
+def test_a_share_does_not_bound_a_population_that_is_dormant_as_a_whole() -> None:
+    rule = Plastic(dead_after=16, max_share=0.25)
+    silent = [2.0 * WHOLE] * 4
+    assert rule.decide(seen(silent, silent), False, draws).born.tolist() == [True] * 4
+
+
+@pytest.mark.parametrize("rate, reinject, replaces", [(0.0, 0.0, False), (0.0, 1e-9, True), (1e-9, 0.0, True)])
+def test_the_rate_is_a_switch_and_not_a_share(rate: float, reinject: float, replaces: bool) -> None:
+    model = Net()
+    inner = torch.optim.SGD(model.parameters(), lr=1e-4)
+    optimizer = plastic(model, inner, rate=rate, reinject=reinject)
+    events: list[Any] = []
+    optimizer.register_event_hook(events.append)
+    train(model, optimizer, range(5))
+    assert [event.born.tolist() for event in events] == [reached_by_nothing(Net())] * replaces
+
+
+def test_autocast_kills_no_unit_that_lives_and_spares_none_that_is_dead() -> None:
+    model = Net()
+    optimizer = plastic(model, torch.optim.SGD(model.parameters(), lr=1e-4))
+    events: list[Any] = []
+    optimizer.register_event_hook(events.append)
+    for step in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = backward_loss(model, step)
+        loss.backward()
+        optimizer.step()
+    assert [(event.step, event.born.tolist()) for event in events] == [(5, reached_by_nothing(Net()))]
 
 
 def test_with_births_from_parents_no_dead_unit_is_one() -> None:

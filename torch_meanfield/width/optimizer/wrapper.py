@@ -76,7 +76,8 @@ class BirthDeathOptimizer(SharingOptimizer):
             last entry is the outgoing weights, or a mean-field layer, whose blocks are meant.
         rate: ``standing_out``: the largest share of a population replaced as harmful in one event, rounded down, so
             that a handful of units (attention heads) loses none that works, and 0 replaces none, dead ones neither;
-            ``exact``: alpha. 0 (with ``reinject=0``) gives the wrapped optimizer bit for bit.
+            ``exact``: alpha; ``plastic``: of no weight. 0 (with ``reinject=0``) gives the wrapped optimizer bit for
+            bit, under ``plastic`` too.
         every: steps from one event to the next; ``None``: 5 under ``plastic``, else 200. (Under ``standing_out``, no
             potential can stand out of 10 steps or fewer by three standard errors: only dormant units are replaced.)
         births: ``"reinject"``, ``"typical"``, ``"split"``, ``"clone"`` or a rule; ``None``: ``"clone"`` under
@@ -94,7 +95,8 @@ class BirthDeathOptimizer(SharingOptimizer):
         batch_size: samples whose mean a step's gradient is, over all ranks; ``None``: counted at a layer of ``model``,
             unless that is compiled or run under ``vmap``. Without either a warning says what it costs.
         dead_after: under ``plastic``, the least number of samples that have not reached a unit when it is replaced.
-        max_share: under ``plastic``, the largest share of a population that is replaced at once.
+        max_share: under ``plastic``, the largest share of a population that is replaced at once, unless all of it is
+            dormant.
         moment_share: second moments that the optimizer keeps (Adam's ``exp_avg_sq``) begin at this share of their mean
             for newborn units, other state as it began for the layer; ``None``: 0.003 under ``plastic``, else 0.01.
         initializer: ``initializer(rows, generator)`` fills one tensor for each incoming column of a population in

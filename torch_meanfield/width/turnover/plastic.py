@@ -33,7 +33,7 @@ class Plastic(TurnoverRule):
         dead_after: samples that did not reach the unit, at least 1. Where the number of samples in a step is not
             known, each step counts as one.
         max_share: the largest share of a population that goes at once, those that were silent for longest first; in
-            (0, 1]. At least one unit may always go.
+            (0, 1]. At least one unit may always go, and a population that is dormant as a whole goes as a whole.
         chance: the probability, at the unit's own rate, of a silence that is taken for death, in (0, 1]; at 1 every
             silence of ``dead_after`` samples is.
 
