@@ -7,7 +7,7 @@ import math
 import shlex
 import statistics
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -52,16 +52,27 @@ def table(runs: Sequence[Run], name: str) -> str:
 
 
 def commits(runs: Sequence[Run]) -> str:
-    """Which methods were run at which commit, where it was not one for all; one run at several is told by setting."""
-    at: dict[str, set[str | None]] = {}
+    """Which methods were run at which commit, where it was not one for all."""
+    return _told("Runs of commit", runs, lambda r: str(r.commit))
+
+
+def devices(runs: Sequence[Run]) -> str:
+    """Which methods were run on which device, where it was not one for all."""
+    return _told("Runs on", runs, lambda r: r.device or "a device that was not written down")
+
+
+def _told(words: str, runs: Sequence[Run], of: Callable[[Run], str]) -> str:
+    """The methods of each value of ``of``; a method that has several of them is told by setting."""
+    values: dict[str, set[str]] = {}
     for r in runs:
-        at.setdefault(r.method, set()).add(r.commit)
-    of: dict[str | None, dict[str, None]] = {}
+        values.setdefault(r.method, set()).add(of(r))
+    groups: dict[str, dict[str, None]] = {}
     for r in runs:
-        of.setdefault(r.commit, {})[r.method if len(at[r.method]) == 1 else f"{r.method} ({r.setting})"] = None
-    if len(of) < 2:
+        groups.setdefault(of(r), {})[r.method if len(values[r.method]) == 1 else f"{r.method} ({r.setting})"] = None
+    if len(groups) < 2:
         return ""
-    return "Runs of commit " + "; of ".join(f"{commit}: {', '.join(methods)}" for commit, methods in of.items()) + ".\n"
+    joint = f"; {words.split()[1]} "
+    return f"{words} " + joint.join(f"{value}: {', '.join(methods)}" for value, methods in groups.items()) + ".\n"
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -116,6 +127,14 @@ def arguments(
     parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--tasks", type=int, help="fewer tasks than the benchmark has, to try it out")
     parser.add_argument("--weights", type=Path, help="state dict that a timm backbone begins from")
+    parser.add_argument(
+        "--from-results",
+        type=Path,
+        nargs="?",
+        const=Path("benchmarks/results"),
+        metavar="FOLDER",
+        help="take the runs that a result file in this folder has (default: benchmarks/results), make only the others",
+    )
     parser.add_argument("--done", action="store_true", help="run nothing: the table of what is there")
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of runs, table and picture")
     return parser.parse_args()
@@ -130,14 +149,14 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
                 f"--methods {absent!r}: it is not installed; pip install 'torch-meanfield[studies]', or leave it out"
             )
         source, images = _images(stream, args)
+        if args.from_results is not None:
+            adopt(args.from_results / f"{name}.json", stream, source, args)
     except BadInput as error:
         leave(f"{name}.py", error)
     jobs = [(s, m, seed) for seed in args.seeds for s in args.settings for m in args.methods]
     runs = []
     for setting, method, seed in tqdm(jobs, desc=name, unit="run"):
-        begun = () if args.weights is None else (args.weights.stem,)
-        key = "-".join((stream.kind, setting, *begun, method, str(seed), source, str(stream.tasks)))
-        path = args.out / "runs" / f"{key.replace(' ', '_').replace(',', '')}.json"
+        path = _path(args, stream, source, setting, method, seed)
         if path.is_file() or not args.done:
             of = replace(SETTINGS[setting], weights=args.weights)
             runs.append(_once(path, stream, of, method, seed, images))
@@ -153,8 +172,40 @@ def study(name: str, stream: Stream, args: Namespace, ylabel: str) -> None:
     )
     hours = sum(r.seconds for r in runs) / 3600
     text += f"\nMade by `{made['command']}` in {hours:.1f} hours of one thread.\n"
-    (args.out / f"{name}.md").write_text(text + commits(runs))
+    (args.out / f"{name}.md").write_text(text + commits(runs) + devices(runs))
     draw(runs, args.out / f"{name}.png", ylabel)
+
+
+def adopt(results: Path, stream: Stream, source: str, args: Namespace) -> None:
+    """Write the file of each run in ``results``, the JSON of an earlier table, where it is not there already.
+
+    Raises:
+        BadInput: no such file, of other data or weights, or of another stream.
+    """
+    if not results.is_file():
+        raise BadInput(f"--from-results {results.parent}: no {results.name} is there; leave the option out")
+    document = json.loads(results.read_text())
+    now = {**asdict(stream), "data": source}
+    for key, value in {**document["stream"], "data": document["data"]}.items():
+        if now[key] != value:
+            raise BadInput(f"--from-results: {results.name} has {key} {value!r}, this is {now[key]!r}; give the same")
+    if ("--weights" in document["command"]) != (args.weights is not None):
+        raise BadInput(
+            f"--weights {args.weights}: {results.name} has runs of `{document['command']}`; begin as they do"
+        )
+    for values in document["runs"]:
+        run = Run(**values)
+        run.device = run.device or document["device"]
+        path = _path(args, stream, source, run.setting, run.method, run.seed)
+        if not path.is_file():
+            write_json(path, asdict(run))
+
+
+def _path(args: Namespace, stream: Stream, source: str, setting: str, method: str, seed: int) -> Path:
+    """Where a run is kept."""
+    begun = () if args.weights is None else (args.weights.stem,)
+    key = "-".join((stream.kind, setting, *begun, method, str(seed), source, str(stream.tasks)))
+    return args.out / "runs" / f"{key.replace(' ', '_').replace(',', '')}.json"
 
 
 def _command(name: str, args: Namespace, runs: Sequence[Run]) -> str:
@@ -189,6 +240,7 @@ def _once(path: Path, stream: Stream, setting: Setting, method: str, seed: int, 
         return Run(**json.loads(path.read_text()))
     data = None if images is None else (inputs(images, setting.standardised, stream.side), images.labels)
     run = (balance if stream.kind == "cartpole" else train)(stream, setting, method, seed, data)
-    run.commit = provenance(torch.device("cpu"))["commit"]
+    made = provenance(torch.device("cpu"))
+    run.commit, run.device = made["commit"], made["device"]
     write_json(path, asdict(run))
     return run

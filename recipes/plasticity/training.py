@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, cast
@@ -49,7 +50,10 @@ BLIND = ("bare", "L2-init", "shrink and perturb", "UPGD", *OURS)  # those that n
 
 @dataclass
 class Run:
-    """One training: its score at every task, at the end how many units are silent and were born, and of what code."""
+    """One training: its score at every task, at its end how many units are silent and were born, and where it was made.
+
+    ``device`` is empty where it was not written down.
+    """
 
     setting: str
     method: str
@@ -60,16 +64,25 @@ class Run:
     silent: float = 0.0
     births: int = 0
     commit: str | None = None
+    device: str = ""
 
 
-def train(stream: Stream, setting: Setting, method: str, seed: int, images: tuple[Tensor, Tensor] | None) -> Run:
+def train(
+    stream: Stream,
+    setting: Setting,
+    method: str,
+    seed: int,
+    images: tuple[Tensor, Tensor] | None,
+    options: Mapping[str, Any] | None = None,
+) -> Run:
     """One training on one stream; every method sees the same tasks, batches and initial weights.
 
     Args:
         images: as rows, with their classes; ``None`` for a stream that needs none.
+        options: what is to differ from the peer's own :func:`setting_of`.
 
     Raises:
-        BadInput: a method that is not installed, or cannot see this network's hidden units.
+        BadInput: a method that is not installed, or cannot see this network's hidden units; an option it has not.
     """
     begin = time.perf_counter()
     torch.manual_seed(seed)
@@ -77,8 +90,9 @@ def train(stream: Stream, setting: Setting, method: str, seed: int, images: tupl
     sizes = (BITS, 1) if images is None else (images[0].shape[1], int(images[1].max()) + 1)
     model = setting.model(*sizes)
     events: list[int] = []
-    optimizer = equipped(method, model, setting.bare(model), sizes[0], seed, generator, events)
-    peer = PEERS.get(method, Method)(cast(Any, model), optimizer, generator)
+    kind, theirs = adjusted(method, options or {})
+    optimizer = equipped(method, model, setting.bare(model), sizes[0], seed, generator, events, theirs)
+    peer = kind(cast(Any, model), optimizer, generator)
     scaled = RunningNorm(sizes[0]) if setting.normalised else _as_they_are
     curve, task = [], None
     for task in stream.walk(*(images or (torch.empty(0), torch.empty(0))), draws):
@@ -100,6 +114,32 @@ def train(stream: Stream, setting: Setting, method: str, seed: int, images: tupl
     return Run(setting.name, method, seed, score, time.perf_counter() - begin, curve, silent, sum(events))
 
 
+def setting_of(method: str) -> dict[str, Any]:
+    """The options of a peer and the values it runs at in every benchmark; none of bare training and of ours."""
+    if method == "UPGD":
+        parameters = inspect.signature(Upgd).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+    if method == PACKAGED:
+        return dict(CCBP_SETTING)
+    kind = PEERS.get(method, Method)
+    return {name.lower(): value for name, value in vars(kind).items() if name.isupper()}
+
+
+def adjusted(method: str, options: Mapping[str, Any]) -> tuple[type[Method], dict[str, Any]]:
+    """The class of a peer at these options, and those that its optimizer takes instead.
+
+    Raises:
+        BadInput: an option it has not.
+    """
+    for name in options:
+        if name not in setting_of(method):
+            raise BadInput(f"{method}: option {name!r} is unknown; it has {', '.join(setting_of(method)) or 'none'}")
+    kind = PEERS.get(method, Method)
+    if method not in PEERS:
+        return kind, dict(options)
+    return type(kind.__name__, (kind,), {name.upper(): value for name, value in options.items()}), {}
+
+
 def equipped(
     method: str,
     model: nn.Module,
@@ -108,16 +148,18 @@ def equipped(
     seed: int,
     generator: torch.Generator,
     births: list[int],
+    options: Mapping[str, Any] | None = None,
 ) -> Optimizer:
     """The optimizer of a method: the bare one, or what stands around or in the place of it.
 
     Args:
         births: what is born at each event is appended.
+        options: of UPGD and ccbp-pytorch, what is to differ from their setting.
     """
     if method == "UPGD":
-        return Upgd(model.parameters(), generator)
+        return Upgd(model.parameters(), generator, **(options or {}))
     if method == PACKAGED:
-        return packaged(model, bare, inputs)
+        return packaged(model, bare, inputs, options or {})
     if method not in OURS:
         return bare
     ours = BirthDeathOptimizer(bare, model, seed=seed, example_input=torch.rand(2, inputs), **OURS[method])
@@ -125,7 +167,7 @@ def equipped(
     return ours
 
 
-def packaged(model: nn.Module, bare: Optimizer, inputs: int) -> Optimizer:
+def packaged(model: nn.Module, bare: Optimizer, inputs: int, options: Mapping[str, Any] | None = None) -> Optimizer:
     """``ccbp-pytorch`` around the optimizer: continual backpropagation as that package has it (McCutcheon et al. 2026).
 
     It is told which layers are hidden: those that it finds by itself include the output layer.
@@ -143,7 +185,7 @@ def packaged(model: nn.Module, bare: Optimizer, inputs: int) -> Optimizer:
     layers = [
         NeuronConfig(param=h.first.weight, bias=h.first.bias, outgoing_param=h.last.weight) for h in model.hidden()
     ]
-    return cast(Optimizer, CCBP(bare, neuron_configs=layers, **CCBP_SETTING))
+    return cast(Optimizer, CCBP(bare, neuron_configs=layers, **{**CCBP_SETTING, **(options or {})}))
 
 
 def installed(method: str) -> bool:
