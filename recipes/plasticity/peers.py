@@ -72,7 +72,7 @@ class L2Init(Method):
 class ShrinkPerturb(Method):
     """Weights shrink and are perturbed at every step (Ash and Adams 2020; so in Dohare et al. 2024)."""
 
-    SHRINK, NOISE = 3e-4, 3e-3
+    SHRINK, NOISE = 3e-4, 3e-2
 
     @torch.no_grad()
     def act(self) -> None:
