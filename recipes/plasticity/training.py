@@ -29,6 +29,7 @@ from recipes.plasticity.peers import (
 from recipes.plasticity.settings import RunningNorm, Setting
 from recipes.plasticity.streams import Stream
 from torch_meanfield import BirthDeathOptimizer
+from torch_meanfield.width.turnover.plastic import Plastic
 
 PEERS: dict[str, type[Method]] = {
     "bare": Method,
@@ -38,7 +39,11 @@ PEERS: dict[str, type[Method]] = {
     "ReDo": ReDo,
     "self-normalised resets": SelfNormalisedResets,
 }
-OURS: dict[str, dict[str, Any]] = {"library, default": {}, "library, plastic": {"scheme": "plastic"}}
+OURS: dict[str, dict[str, Any]] = {
+    "library, default": {},
+    "library, plastic": {"scheme": "plastic"},
+    "library, least useful": {"scheme": Plastic(least_useful=0.005)},  # for smooth activations
+}
 SEEN = 12_000  # images, at most, that decide whether a unit is silent
 # The best of five on tuning seed 1 (random labels, 20 tasks): .438 on pixels and .624 standardised. Its continuous mode
 # has .348 and .476 at best (every 100 steps, rate 0.1), .209 and .156 as it comes.

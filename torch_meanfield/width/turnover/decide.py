@@ -28,6 +28,7 @@ class Evidence:
         window: length of the averages in steps.
         batch_size: samples of which a step's gradient is the mean, over all ranks; ``None`` if it is not known.
         elapsed: sum of the learning rates since the last event, for schemes that keep time.
+        outgoing: gives :attr:`reach`.
     """
 
     mean: Tensor
@@ -38,6 +39,15 @@ class Evidence:
     window: float
     batch_size: float | None = None
     elapsed: Tensor | float = 0.0
+    outgoing: Callable[[], Tensor | None] | None = None
+
+    @property
+    def reach(self) -> Tensor | None:
+        """The most that each potential could be at this step, see :meth:`.Outgoing.reach`; ``None``: not known.
+
+        It is not known of blocks, and without a gradient.
+        """
+        return None if self.outgoing is None else self.outgoing()
 
     @property
     def mature(self) -> Tensor:

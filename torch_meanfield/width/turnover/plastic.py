@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_meanfield.width.turnover.decide import Evidence, Turnover, TurnoverRule, Uniform, from_parents, reborn
 
+MATURE = 100  # steps after which a unit is judged by its use
 WHOLE = 100  # times as many samples must pass before a population that is silent as a whole is taken for dormant
 
 
@@ -36,6 +37,10 @@ class Plastic(TurnoverRule):
             (0, 1]. At least one unit may always go, and a population that is dormant as a whole goes as a whole.
         chance: the probability, at the unit's own rate, of a silence that is taken for death, in (0, 1]; at 1 every
             silence of ``dead_after`` samples is.
+        least_useful: the share of the units older than 100 steps that goes besides at each event, in [0, 1): those of
+            the smallest :attr:`.Evidence.reach`, as continual backprop chooses (Dohare et al. 2024). For smooth
+            activations (GELU, SiLU, tanh), whose units lose their use without ever falling silent; 0.005 was good.
+            What is not known to be useless is replaced, and each event costs time: leave it at 0 for ReLUs.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -44,6 +49,7 @@ class Plastic(TurnoverRule):
     dead_after: int = 16
     max_share: float = 1.0
     chance: float = 1e-4
+    least_useful: float = 0.0
 
     every = 5
     births = "typical"
@@ -58,11 +64,14 @@ class Plastic(TurnoverRule):
             raise TypeError(f"dead_after must be an integer, got {self.dead_after!r}")
         if self.dead_after < 1:
             raise ValueError(f"dead_after must be at least 1 sample, got {self.dead_after}")
-        for name in ("max_share", "chance"):
+        for name in ("max_share", "chance", "least_useful"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-            if not 0 < value <= 1:
+            if name == "least_useful":
+                if not 0 <= value < 1:
+                    raise ValueError(f"least_useful must be at least 0 and below 1, got {value!r}")
+            elif not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
     def window(self, every: int) -> float:
@@ -84,8 +93,10 @@ class Plastic(TurnoverRule):
         unusual = (own * rarity >= -math.log(self.chance)) | (seen.fired == 0)
         return ((own * samples >= self.dead_after) & unusual) | (together * samples >= WHOLE * self.dead_after)
 
-    def silence(self, batch_size: float | None) -> int:
+    def silence(self, batch_size: float | None) -> int | None:
         """See :meth:`.TurnoverRule.silence`."""
+        if self.least_useful:
+            return None
         return math.ceil(self.dead_after / (1.0 if batch_size is None else batch_size))
 
     def old_enough(self, seen: Evidence) -> Tensor:
@@ -100,7 +111,19 @@ class Plastic(TurnoverRule):
             rank = torch.where(dormant, seen.quiet, -1).argsort(descending=True, stable=True)
             first = torch.zeros_like(dormant).index_fill_(0, rank[:most], True)
             dormant = dormant & (first | dormant.all())
+        if self.least_useful:
+            dormant = dormant | self._useless(seen, ~dormant, most - dormant.sum(), uniform)
         none = torch.zeros_like(dormant)
         if inherits:
             return from_parents(none, dormant, ~dormant & (seen.quiet == 0), uniform(n))
         return reborn(none, dormant)
+
+    def _useless(self, seen: Evidence, living: Tensor, most: Tensor, uniform: Uniform) -> Tensor:
+        """Which of the living units go because others are of more use, at most ``most``; bool ``(n,)``."""
+        reach = seen.reach
+        if reach is None:
+            return torch.zeros_like(living)
+        mature = living & (seen.age > MATURE)
+        count = (self.least_useful * mature.sum() + uniform(1)).floor().clamp_max(most)  # the share on the average
+        order = torch.where(mature, reach.to(seen.age.device), torch.inf).argsort(stable=True)
+        return mature & (order.argsort() < count)

@@ -63,9 +63,31 @@ class Outgoing:
         for column in self.columns:
             if column.tensor.grad is None:
                 return None
-            part = _product(column, column.tensor.grad)
+            part = _product(column, column.tensor, column.tensor.grad)
             total = part if total is None else total + part
         return total
+
+    def reach(self) -> Tensor | None:
+        r"""The most that the potential of each unit could be; shape ``(n,)``, float32 (float64 kept).
+
+        .. math:: \|a_i\|\, \|\partial E / \partial a_i\| \ge |V_i|
+
+        All units of a layer are read with the same errors, so that it tells the size of their activations times that
+        of their outgoing weights: the contribution utility of continual backprop, off gradients that exist anyway.
+
+        Returns:
+            ``None`` if an outgoing weight has no gradient.
+
+        Source: Dohare et al. 2024 (contribution utility); Cauchy and Schwarz.
+        """
+        weights: Tensor | None = None
+        gradients: Tensor | None = None
+        for column in self.columns:
+            if column.tensor.grad is None:
+                return None
+            w, g = (_product(column, t, t) for t in (column.tensor, column.tensor.grad))
+            weights, gradients = (w, g) if weights is None or gradients is None else (weights + w, gradients + g)
+        return None if weights is None or gradients is None else weights.sqrt() * gradients.sqrt()
 
     def read_into(self, out: Tensor) -> bool:
         """Write the present potentials to ``out``, ``(n,)``; ``False`` if there are none."""
@@ -79,9 +101,10 @@ class Outgoing:
         return value is not None
 
 
-def _product(column: Slice, grad: Tensor) -> Tensor:
-    a, g = whole(column.tensor), whole(grad)
-    if a.dtype not in (torch.float32, torch.float64):
+def _product(column: Slice, one: Tensor, other: Tensor) -> Tensor:
+    """The sum of one times the other over what belongs to each unit; both as large as the column's tensor."""
+    a, g = whole(one), whole(other)
+    if column.tensor.dtype not in (torch.float32, torch.float64):
         a, g = a.float(), g.float()
     if column.outer == column.inner == 1:
         if a.ndim == 2:

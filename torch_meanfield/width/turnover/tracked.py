@@ -72,7 +72,9 @@ class Tracked(ABC):
         weight = rows[2].clamp_min(torch.finfo(rows.dtype).tiny)
         window = self.averages.window
         quiet, age, fired = rows[3:]
-        return Evidence(rows[0] / weight, rows[1] / weight, quiet, age, fired, window, batch_size, self.elapsed)
+        mean, square = rows[0] / weight, rows[1] / weight
+        outgoing = self.reader.reach if isinstance(self.reader, Outgoing) else None
+        return Evidence(mean, square, quiet, age, fired, window, batch_size, self.elapsed, outgoing)
 
     def move_(self, index: Tensor) -> None:
         """What is known goes where the units go: ``new[i] = old[index[i]]``."""
