@@ -20,6 +20,7 @@ from tools.faults.ranks import (
     trained,
 )
 from torch_meanfield import set_automatic_resort
+from torch_meanfield.width.turnover.plastic import MATURE, Plastic
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs gloo and fork servers"),
@@ -54,6 +55,16 @@ def test_two_ranks_train_as_one_process_does(halves, name):
     causes = [cause for cause, _, _ in alone["motions"]]
     assert causes.count("resort") >= 4 and causes.count("birth_death") >= 4
     assert distance(ours[0], alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", ["DDP", *FSDP2])
+def test_two_ranks_find_the_same_units_least_useful(strategy):
+    births = {"scheme": Plastic(least_useful=0.1), "births": "typical"}
+    ours = together(2, trained, Form(strategy, births=births), MATURE + 10)
+    assert apart(ours) == []
+    alone = trained(Form(births=births), MATURE + 10)
+    late = [[m for m in ending["motions"] if m[0] == "birth_death"][-2:] for ending in (ours[0], alone)]
+    assert late[0] == late[1] and distance(ours[0], alone) < TOLERANCE
 
 
 @_fsdp_only

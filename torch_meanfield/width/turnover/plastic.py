@@ -39,8 +39,8 @@ class Plastic(TurnoverRule):
             silence of ``dead_after`` samples is.
         least_useful: the share of the units older than 100 steps that goes besides at each event, in [0, 1): those of
             the smallest :attr:`.Evidence.reach`, as continual backprop chooses (Dohare et al. 2024). For smooth
-            activations (GELU, SiLU, tanh), whose units lose their use without ever falling silent; 0.005 was good.
-            What is not known to be useless is replaced, and each event costs time: leave it at 0 for ReLUs.
+            activations (GELU, SiLU), whose units lose their use without ever falling silent; 0.005 was good. Units of
+            use may be among them, and each event costs time: leave it at 0 for ReLUs.
 
     Raises:
         TypeError, ValueError: naming the argument.
