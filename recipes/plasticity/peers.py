@@ -133,7 +133,7 @@ class SelfNormalisedResets(Method):
     of its own silences, or doubles where that is not shorter, and the count begins anew, as in the authors' code.
     """
 
-    PERCENTILE, UPDATE, FIRST, LONGEST = 0.95, 300, 20, 1000
+    PERCENTILE, UPDATE, FIRST, LONGEST = 0.99, 1000, 20, 1000
 
     def __init__(self, model: Network, optimizer: Optimizer, generator: torch.Generator) -> None:
         super().__init__(model, optimizer, generator)
