@@ -156,6 +156,15 @@ def test_may_compile_only_once_the_compiler_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_only_what_a_compiled_function_calls_may_be_compiled_now():
+    asked = []
+    ask = _torch.never_compiled(lambda x: (asked.append(_torch.compiles_now()), x)[1])
+    ask(torch.ones(2))
+    torch.compile(lambda x: ask(x * 2) + 1, backend="eager")(torch.ones(2))
+    ask(torch.ones(2))
+    assert asked == [False, True, False]
+
+
 def test_modules_that_were_compiled_are_told():
     module = nn.Linear(2, 2)
     assert not _torch.is_compiled(module)

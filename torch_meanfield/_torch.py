@@ -166,6 +166,17 @@ def may_compile() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def compiles_now() -> bool:
+    """Whether functions that are called now may be handed to the compiler: a compiled one is running.
+
+    Wraps ``torch._C._dynamo.eval_frame.get_eval_frame_callback``; a torch that lacks it says yes.
+    """
+    return torch.compiler.is_compiling() or _running_compiler() is not None  # the compiler traces only the first
+
+
+_running_compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: False)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called. Wraps ``Module._compiled_call_impl``."""
     return module._compiled_call_impl is not None

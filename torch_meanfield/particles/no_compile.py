@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from torch_meanfield._torch import may_compile, never_compiled
+from torch_meanfield._torch import compiles_now, never_compiled
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,7 +25,7 @@ def eagerly(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal disabled
-        if not may_compile():
+        if not compiles_now():
             return function(*args, **kwargs)
         if disabled is None:
             disabled = cast(Any, torch.compiler).disable(function)

@@ -207,7 +207,8 @@ class LandscapeRecorder:
 
     def _rows_of(self, x: Tensor) -> Tensor:
         """What is sampled: rows for ``Linear``, whole images for convolutions."""
-        return x.detach().reshape(-1, x.shape[-1]) if self.around.linear and x.ndim != 2 else x.detach()
+        x = x.detach()
+        return x.reshape(-1, x.shape[-1]) if x.ndim != 2 and self.around.linear else x
 
     def _stride(self, x: Tensor) -> int:
         """The distance between the rows of ``x`` that are kept: even, so that all ranks keep the same."""
@@ -216,15 +217,17 @@ class LandscapeRecorder:
 
     def _at_first(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._pending = []
-        if torch.is_grad_enabled() and self.around.outgoing.grad is None and not in_backward():
+        if not torch.is_grad_enabled():
+            return
+        if self.around.outgoing.grad is None and not in_backward():
             self.forget()  # its gradients were thrown away
-        if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and self._rows < self.limit:
+        if args and isinstance(args[0], Tensor) and self._rows < self.limit:
             given = untransformed(args[0])
             if given is None or (isinstance(output, Tensor) and untransformed(output) is None):
                 return
             x = self._rows_of(given)
             stride = self._stride(x)
-            self._pending = [(x[::stride].clone(), stride)]
+            self._pending = [(_every(stride, x).clone(), stride)]
 
     def _at_middle(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._pending and self.before is None and isinstance(output, Tensor):
@@ -240,7 +243,7 @@ class LandscapeRecorder:
         def keep(gradient: Tensor) -> None:
             gradient = cast(Tensor, untransformed(gradient))
             # The same rows or images as of the input. The loss is the mean over ranks of what each of them computes.
-            rows = self._rows_of(gradient)[::stride] / world()[1]
+            rows = _every(stride, self._rows_of(gradient)) / world()[1]
             self.inputs.append(inputs)
             self.gradients.append(rows)
             self._rows += self._count(rows)
@@ -255,3 +258,8 @@ class LandscapeRecorder:
         """The first few rows, enough to recognise an activation."""
         x = cast(Tensor, untransformed(x)).detach()
         return x.reshape(-1, x.shape[-1])[:16].clone() if x.ndim <= 3 else x[:1].clone()
+
+
+def _every(stride: int, rows: Tensor) -> Tensor:
+    """Every ``stride``-th row, a view; a slice of all of them would cost as much as the copy that is made of it."""
+    return rows if stride == 1 else rows[::stride]

@@ -278,9 +278,10 @@ class BirthDeathOptimizer(SharingOptimizer):
             batches.hand_over(dynamics.batch, self._model, example)
         # Checkpointing makes optimizers initialise by a step with learning rate 0: no time passes in it.
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
-        if all(not isinstance(lr, Tensor) and lr == 0 for lr in rates) or self._dynamics is None:
+        on_tensors = [lr for lr in rates if isinstance(lr, Tensor)]
+        if self._dynamics is None or not (on_tensors or any(rates)):
             return False
-        if any(isinstance(lr, Tensor) and lr.device.type == "cpu" and not lr.any() for lr in rates):
+        if on_tensors and any(lr.is_cpu and not lr.any() for lr in on_tensors):
             return False
         self._dynamics.read(self.optimizer)
         return True

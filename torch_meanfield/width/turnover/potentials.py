@@ -13,7 +13,7 @@ from torch_meanfield.particles import Neurons, Slice
 from torch_meanfield.particles.copying import whole
 from torch_meanfield.width.turnover.blocks import Blocks
 
-STEPS = 32  # how many steps' potentials are kept before they are averaged, unless that takes much memory
+STEPS = 100  # how many steps' potentials are kept before they are averaged, unless that takes much memory
 ENTRIES = 2**20
 
 
