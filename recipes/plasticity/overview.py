@@ -59,7 +59,7 @@ def _row(title: str, runs: Sequence[dict[str, Any]], methods: Sequence[str]) -> 
         cell = means.get(m, "")
         cell = f"**{cell}**" if cell and cell == max(means.values()) else cell
         cells.append(f"{cell} ({len(scores[m])})" if 0 < len(scores[m]) < most else cell)
-    return f"| {title} ({most} seeds) | " + " | ".join(cells) + " |"
+    return f"| {title} ({most} seed{'s' * (most > 1)}) | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
