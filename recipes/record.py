@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,21 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": _commit(),
     }
+
+
+def known_device(name: str) -> str:
+    """``name``, if this machine has that device: the type of a command line's ``--device``.
+
+    Raises:
+        ArgumentTypeError: It has none.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ArgumentTypeError(
+            f"{name!r} cannot be used here ({str(error).splitlines()[0][:100]}); try cpu"
+        ) from error
+    return name
 
 
 def write_json(path: Path, document: Any, digits: int | None = None) -> None:

@@ -84,7 +84,7 @@ def trained(job: Job, data: Data) -> Network:
     way = WAYS[job.way]
     torch.manual_seed(job.seed)
     net = Network(data.train.pixels.shape[1], data.num_classes, job.blocks, job.channels, way)
-    net.to(memory_format=torch.channels_last).train()
+    net.to(data.train.pixels.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(param_groups(net, job.rate, 1e-4), lr=job.rate, momentum=0.9)
     total = job.epochs * max(1, len(data.train) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, total))

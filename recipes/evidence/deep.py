@@ -71,7 +71,7 @@ def trained(job: Job, x: Tensor, y: Tensor) -> Row:
     torch.manual_seed(job.seed)
     branches = [relu_branch(job.width) for _ in range(job.blocks)]
     classes = int(y.max()) + 1
-    model = Classifier(FORMS[job.form](branches, job.width), x[0].numel(), job.width, classes)
+    model = Classifier(FORMS[job.form](branches, job.width), x[0].numel(), job.width, classes).to(x.device)
     optimizer = torch.optim.Adagrad(model.parameters(), lr=job.rate)
     moved: list[Motion] = []
     with subscribe(moved.append, model):
@@ -199,14 +199,14 @@ def main() -> None:
         data, label = load(Namespace(data=args.data, root=args.root, label=args.label, out=args.kept))
     except BadInput as failure:
         leave("deep.py", failure)
-    x, y = prepared(data.train, SIDE), data.train.labels
+    x, y = (t.to(args.device) for t in (prepared(data.train, SIDE), data.train.labels))
     jobs = [
         Job(form, blocks, args.width, args.steps, args.batch, args.rate, seed)
         for seed in args.seeds
         for blocks in args.blocks
         for form in args.forms
     ]
-    rows = carried_out(jobs, lambda job: trained(job, x, y), args.kept / "runs", NAME, args.only_done)
+    rows = carried_out(jobs, lambda job: trained(job, x, y), args.kept / "runs", NAME, args.only_done, args.device)
     try:
         written(document(rows, len(jobs), "deep", args, label), NAME, report, draw, args.out)
     except BadInput as failure:

@@ -4,7 +4,7 @@
     python recipes/evidence/finetune.py --weights PATH --data folder:PATH/cifar10-jpeg --label cifar10-jpeg
         [--networks resnet20 efficientnet_lite0] [--arms plain converted "scale, no order"]
         [--rates 0.01 0.03 0.1] [--bracket] [--steps 100 400]
-        [--precision bf16] [--tuning-seeds 1] [--seeds 11 12 13 14 15] [--out runs/evidence]
+        [--precision bf16] [--device cuda] [--tuning-seeds 1] [--seeds 11 12 13 14 15] [--out runs/evidence]
 
 First every arm is trained at every rate on the tuning seeds, and its rate chosen by the error on 3,000 of the test
 images. Then it is trained at that rate on fresh seeds; what is reported is the error on the other test images, paired
@@ -38,7 +38,7 @@ from recipes.evidence.rows import best_rate
 from recipes.evidence.training import Data, Job, Run, fine_tune, some_of
 from recipes.images.source import Images
 from recipes.images.sources import open_source
-from recipes.record import DIGITS, provenance, write_json
+from recipes.record import DIGITS, known_device, provenance, write_json
 
 TUNING = 3000  # test images by which rates are chosen; the others are reported
 
@@ -152,6 +152,7 @@ def arguments() -> Namespace:
     parser.add_argument("--bracket", action="store_true", help="go on beyond --rates until the best is at no edge")
     parser.add_argument("--steps", type=int, nargs="+", default=[200], help="lengths of the training")
     parser.add_argument("--precision", default="32", choices=["32", "bf16"], help="of the forward pass in training")
+    parser.add_argument("--device", default="cpu", type=known_device, help="cpu, or cuda")
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs and their JSON")
@@ -190,6 +191,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the sums come out the same on every machine
     try:
         data, name = load(args)
+        data = data.to(args.device)
         given = {
             "networks": args.networks,
             "arms": args.arms,
@@ -203,7 +205,7 @@ def main() -> None:
         places = ["--weights", "WEIGHTS", "--data", args.data.partition(":")[0] + ":DATA" * (":" in args.data)]
         made = {"command": shlex.join(["python", "recipes/evidence/finetune.py", *places, "--label", name, *words])}
         made |= {"data": name, "tuning_images": len(data.tuning), "test_images": len(data.report)}
-        study(Grid(args.out / "runs", data, args.weights), args, made | provenance(torch.device("cpu")))
+        study(Grid(args.out / "runs", data, args.weights), args, made | provenance(torch.device(args.device)))
     except BadInput as error:
         leave("finetune.py", error)
 

@@ -82,7 +82,7 @@ def trained(job: Job, x: Tensor, y: Tensor) -> Row:
     torch.manual_seed(job.seed)
     branches: list[nn.Module] = [pre_norm_branch(WIDTH) for _ in range(job.blocks)]
     stack = MeanFieldSequential(*branches, horizon=job.horizon or None, learn_tau=False)
-    model = Classifier(stack, x[0].numel(), WIDTH, int(y.max()) + 1)
+    model = Classifier(stack, x[0].numel(), WIDTH, int(y.max()) + 1).to(x.device)
     return descend(model, optimizer_of(job, model), drawn(x, y, BATCH, job.steps, job.seed))
 
 
@@ -299,13 +299,13 @@ def main() -> None:
         data, label = load(Namespace(data=args.data, root=args.root, label=args.label, out=args.kept))
     except BadInput as failure:
         leave("rates.py", failure)
-    x, y = prepared(data.train, SIDE), data.train.labels
+    x, y = (t.to(args.device) for t in (prepared(data.train, SIDE), data.train.labels))
 
     def run(job: Job) -> Row:
         return trained(job, x, y)
 
-    rows = carried_out(sweep(args), run, args.kept / "runs", "short runs", args.only_done)
-    rows += carried_out(longer(rows, args), run, args.kept / "runs", "long runs", args.only_done)
+    rows = carried_out(sweep(args), run, args.kept / "runs", "short runs", args.only_done, args.device)
+    rows += carried_out(longer(rows, args), run, args.kept / "runs", "long runs", args.only_done, args.device)
     try:
         written(document(rows, due(args), "rates", args, label), NAME, report, draw, args.out)
     except BadInput as failure:

@@ -111,7 +111,7 @@ def stages(net: nn.Module) -> list[MeanFieldSequential]:
 def trained(job: Job, train: Images, test: Images, classes: int) -> Row:
     """SGD with momentum 0.9, weight decay 1e-4, half a cosine to 0, mirrored images; forward passes in bfloat16."""
     torch.manual_seed(job.seed)
-    net = network(ARMS[job.arm], job.depth, classes).to(memory_format=torch.channels_last).train()
+    net = network(ARMS[job.arm], job.depth, classes).to(train.pixels.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(param_groups(net, job.rate, WEIGHT_DECAY), lr=job.rate, momentum=0.9)
     total = job.epochs * (job.images // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, total))
@@ -120,7 +120,7 @@ def trained(job: Job, train: Images, test: Images, classes: int) -> Row:
     last: list[float] = []
     with subscribe(moved.append, net):
         for pixels, labels in batches(some, total, job.seed):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(pixels.device.type, torch.bfloat16):
                 loss = F.cross_entropy(net(ready(pixels, job.side)), labels)
             if not math.isfinite(loss.item()):
                 return {"error": None, "loss": None, "steps": [], "resorts": 0}
@@ -284,16 +284,17 @@ def main() -> None:
             raise BadInput(f"--images {args.images}: {BATCH} (a batch) to {len(data.train)} (all)")
     except BadInput as failure:
         leave("times.py", failure)
+    data = data.to(args.device)
     shape = (args.depth, args.side, args.images, args.epochs)
 
     def run(job: Job) -> Row:
         return trained(job, data.train, data.tuning if job.on == "tuning" else data.report, data.num_classes)
 
     tuning = [Job(a, *shape, rate, s, "tuning") for s in args.tuning_seeds for a in args.arms for rate in args.rates]
-    rows = carried_out(tuning, run, args.kept / "runs", "tuning", args.only_done)
+    rows = carried_out(tuning, run, args.kept / "runs", "tuning", args.only_done, args.device)
     rates = best_rates(rows)
     fresh = [Job(a, *shape, rates[a], s, "report") for s in args.seeds for a in args.arms if a in rates]
-    rows += carried_out(fresh, run, args.kept / "runs", "fresh seeds", args.only_done)
+    rows += carried_out(fresh, run, args.kept / "runs", "fresh seeds", args.only_done, args.device)
     due = len(tuning) + len(args.seeds) * len(args.arms)
     try:
         written(document(rows, due, "times", args, label), NAME, report, draw, args.out)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from recipes.backbones.networks import Network
 from recipes.evidence.arms import ARMS
 from recipes.images.source import Images
+from recipes.record import provenance
 from torch_meanfield import Motion, conversion_report, subscribe
 
 BATCH = 128
@@ -51,6 +52,7 @@ class Run:
         factors: The steps or factors at the end.
         resorts: How often blocks changed places.
         seconds: Of processor time.
+        device: Where it was trained; older runs do not say.
     """
 
     job: Job
@@ -59,6 +61,7 @@ class Run:
     factors: list[float] = field(default_factory=list)
     resorts: int = 0
     seconds: float = 0.0
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class Data:
     report: Images
     num_classes: int
 
+    def to(self, device: torch.device | str) -> Data:
+        """The images on ``device``, where networks are trained then."""
+        parts = (images.to(device) for images in (self.train, self.tuning, self.report))
+        return Data(*parts, self.num_classes)
+
 
 def fine_tune(job: Job, network: Network, data: Data, weights: Path) -> Run:
     """SGD with momentum 0.9, mirrored images, a rate that falls to 0 as half a cosine.
@@ -78,7 +86,7 @@ def fine_tune(job: Job, network: Network, data: Data, weights: Path) -> Run:
     """
     begin, arm = time.process_time(), ARMS[job.arm]
     torch.manual_seed(job.seed)
-    model = network.make(weights, data.num_classes).to(memory_format=torch.channels_last)
+    model = network.make(weights, data.num_classes).to(data.train.pixels.device, memory_format=torch.channels_last)
     model = arm.applied(model, network.prepared(data.train.pixels[:2])).train()
     moved: list[Motion] = []
     with subscribe(moved.append, model):
@@ -97,6 +105,7 @@ def fine_tune(job: Job, network: Network, data: Data, weights: Path) -> Run:
         factors_of(model, arm.form),
         sum(m.cause == "resort" for m in moved),
         time.process_time() - begin,
+        provenance(data.train.pixels.device)["device"],
     )
 
 
@@ -135,7 +144,7 @@ def descend(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, course.steps, course.rising))
     losses: list[float] = []
     for pixels, labels in drawn:
-        with torch.autocast("cpu", torch.bfloat16, enabled=course.precision == "bf16"):
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=course.precision == "bf16"):
             loss = F.cross_entropy(model(network.prepared(pixels)), labels)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -164,7 +173,7 @@ def batches(images: Images, steps: int, seed: int, mirror: bool = True) -> Itera
         if len(order) < min(BATCH, len(images)):
             order = torch.randperm(len(images), generator=draws)
         chosen, order = images.select(order[:BATCH]), order[BATCH:]
-        mirrored = torch.rand(len(chosen), generator=draws) < (0.5 if mirror else 0.0)
+        mirrored = (torch.rand(len(chosen), generator=draws) < (0.5 if mirror else 0.0)).to(chosen.pixels.device)
         pixels = torch.where(mirrored[:, None, None, None], chosen.pixels.flip(3), chosen.pixels)
         yield pixels, chosen.labels
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from recipes.errors import BadInput
 from recipes.evidence.training import in_segments
 from recipes.images.source import Images
-from recipes.record import DIGITS, provenance, write_json
+from recipes.record import DIGITS, known_device, provenance, write_json
 
 Row = dict[str, Any]
 
@@ -34,9 +34,14 @@ class Job(Protocol):
 
 
 def carried_out(
-    jobs: Sequence[Any], run: Callable[[Any], Row], folder: Path, title: str, only_done: bool = False
+    jobs: Sequence[Any],
+    run: Callable[[Any], Row],
+    folder: Path,
+    title: str,
+    only_done: bool = False,
+    device: str = "cpu",
 ) -> list[Row]:
-    """The row of each job: its fields, what ``run`` returns, and the seconds of processor time that it took.
+    """The row of each job: its fields, what ``run`` returns, seconds of processor time, device and commit.
 
     Args:
         jobs: Frozen dataclasses with a ``key``, in the order in which they are made.
@@ -44,17 +49,19 @@ def carried_out(
         folder: Where the files lie.
         title: Of the progress bar.
         only_done: Make nothing; a job without a file has no row.
+        device: What the jobs run on; rows name it, and the commit.
     """
     if only_done:
         paths = [folder / f"{job.key}.json" for job in jobs]
         return [json.loads(path.read_text()) for path in paths if path.is_file()]
-    rows = []
+    rows, whence = [], provenance(torch.device(device))
+    made = {key: whence[key] for key in ("device", "commit")}
     for job in (bar := tqdm(jobs, desc=title, unit="run")):
         bar.set_postfix_str(job.key)
         path = folder / f"{job.key}.json"
         if not path.is_file():
             begin = time.process_time()
-            row = asdict(job) | run(job)
+            row = asdict(job) | run(job) | made
             write_json(path, _flat(row | {"seconds": time.process_time() - begin}))
         rows.append(json.loads(path.read_text()))
     return rows
@@ -76,7 +83,7 @@ def descend(
     losses: list[float] = []
     for x, y in batches:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
             loss = F.cross_entropy(model(x), y)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -100,7 +107,7 @@ def drawn(x: Tensor, y: Tensor, batch: int, steps: int, seed: int) -> Iterator[t
     for _ in range(steps):
         if len(order) < batch:
             order = torch.randperm(len(y), generator=draws)
-        chosen, order = order[:batch], order[batch:]
+        chosen, order = order[:batch].to(y.device), order[batch:]
         yield x[chosen], y[chosen]
 
 
@@ -111,6 +118,7 @@ def options(parser: ArgumentParser, name: str) -> Namespace:
     parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision keeps what it downloads")
     parser.add_argument("--kept", type=Path, default=Path("runs") / name, help="folder of what is done")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--device", default="cpu", type=known_device, help="cpu, or cuda")
     parser.add_argument("--only-done", action="store_true", help="make nothing: tell what is in --kept")
     return parser.parse_args()
 
@@ -120,7 +128,7 @@ def command(script: str, args: Namespace, label: str) -> str:
     words = ["python", f"recipes/evidence/{script}.py"]
     words += ["--data", args.data.partition(":")[0] + ":DATA" * (":" in args.data), "--label", label]
     for option, value in vars(args).items():
-        if option not in ("data", "label", "root", "kept", "out", "only_done"):
+        if option not in ("data", "label", "root", "kept", "out", "only_done", "device"):
             words += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
@@ -128,11 +136,12 @@ def command(script: str, args: Namespace, label: str) -> str:
 def document(rows: Sequence[Row], due: int, script: str, args: Namespace, label: str) -> Row:
     """What a result file holds; ``due`` is the number of runs of the whole grid."""
     made = {"command": command(script, args, label), "data": label, "settings": _settings(args), "due": due}
-    return {**made, **provenance(torch.device("cpu")), "rows": list(rows)}
+    return {**made, **provenance(torch.device(args.device)), "rows": list(rows)}
 
 
 def _settings(args: Namespace) -> Row:
-    places = ("data", "label", "root", "kept", "out", "only_done")  # a result file carries no path of a machine
+    # No path of a machine; the device is named elsewhere.
+    places = {"data", "label", "root", "kept", "out", "only_done", "device"}
     return {k: v for k, v in vars(args).items() if k not in places}
 
 
@@ -141,9 +150,14 @@ def made_by(found: Row) -> str:
     hours, done = sum(r["seconds"] for r in found["rows"]) / 3600, len(found["rows"])
     count = f"all {done} runs" if done == found["due"] else f"{done} of {found['due']} runs so far"
     return (
-        f"Made by `{found['command']}`: {count}, {hours:.1f} hours of processor time; {found['device']}, "
-        f"one thread, torch {found['versions']['torch']}, commit {found['commit']}.\n"
+        f"Made by `{found['command']}`: {count}, {hours:.1f} hours of processor time; {_of(found, 'device')}, "
+        f"one thread, torch {found['versions']['torch']}, commit {_of(found, 'commit')}.\n"
     )
+
+
+def _of(found: Row, key: str) -> str:
+    """Where the runs were made, or their commits; older rows do not say."""
+    return " and ".join(dict.fromkeys(str(r.get(key) or found[key]) for r in found["rows"]))
 
 
 def written(found: Row, name: str, report: Callable[[Row], str], draw: Callable[[Path, Row], None], out: Path) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Split = Literal["train", "test"]
@@ -28,7 +29,12 @@ class Images:
 
     def select(self, index: Tensor) -> Images:
         """The images at ``index`` (int64, shape ``(M,)``)."""
+        index = index.to(self.pixels.device)
         return Images(self.pixels[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> Images:
+        """The images on ``device``."""
+        return Images(self.pixels.to(device), self.labels.to(device))
 
 
 class Source(ABC):

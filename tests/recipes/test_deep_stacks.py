@@ -2,7 +2,6 @@
 
 import json
 import math
-from argparse import Namespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from recipes.evidence import deep, rates, times, tries
 from recipes.evidence.arms import Scaled
 from recipes.evidence.stacks import FORMS, Chain, Classifier, pre_norm_branch, relu_branch
+from recipes.evidence.training import Data
 from recipes.images.source import Images
 
 WIDTH = 6
@@ -98,7 +98,7 @@ def images(n):
 
 
 def grid(script, monkeypatch, tmp_path, *words):
-    data = Namespace(train=images(160), tuning=images(20), report=images(30), num_classes=3)
+    data = Data(images(160), images(20), images(30), 3)
     monkeypatch.setattr(script, "load", lambda args: (data, "noise"))
     base = [script.__name__, "--data", "folder:x", "--kept", str(tmp_path / "kept"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", [*base, *map(str, words)])
